@@ -1,0 +1,133 @@
+"""What a correction is: the frozen records that the library hands out."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["eos", "length", "deadline"]
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """Replace `original[start:end]` (characters) by `replacement`."""
+
+    start: int
+    end: int
+    replacement: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check noticed about a correction, and what was done about it.
+
+    `action` is `"kept_original"` when the proposal is not shown, `"accepted"` when it is.
+    """
+
+    check: str
+    detail: str
+    action: str
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStats:
+    """What one correction cost.
+
+    `prompt_tokens` counts the whole prompt, `cached_tokens` the part of it that was already in the
+    cache, `new_tokens` what the model wrote (end-of-text included). `forwards` counts runs of the
+    network; `seconds` is wall time. `provider` is the execution provider that ran, never the one
+    that was merely asked for.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    new_tokens: int = 0
+    forwards: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    seconds: float = 0.0
+    finish_reason: FinishReason = "eos"
+    backend: str = ""
+    provider: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """A corrected answer. `text` is what to show; `proposed` is what the model wrote."""
+
+    question: str
+    answer: str
+    text: str
+    proposed: str
+    edits: tuple[Edit, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    stats: DecodeStats = DecodeStats()
+
+    @property
+    def changed(self) -> bool:
+        """Whether the text to show differs from the answer."""
+        return self.text != self.answer
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One sentence of a stream with its correction.
+
+    `index` counts the segments of the stream from 0; `start` is the character offset of
+    `original` in the whole uncorrected answer.
+    """
+
+    original: str
+    text: str
+    index: int
+    start: int
+    edits: tuple[Edit, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    stats: DecodeStats = DecodeStats()
+
+    @property
+    def changed(self) -> bool:
+        """Whether the corrected text differs from the original."""
+        return self.text != self.original
+
+    def __str__(self) -> str:
+        return self.text
+
+
+# Words, runs of white space and single marks: edits on these read as a person would mark them.
+_UNITS = re.compile(r"\w+|\s+|[^\w\s]")
+# difflib is quadratic in the worst case; past this many units one edit spans the difference.
+_MAX_DIFF_UNITS = 4000
+
+
+def make_edits(original: str, text: str) -> tuple[Edit, ...]:
+    """Return the edits that turn `original` into `text`, in order and without overlap."""
+    if original == text:
+        return ()
+    old, new = _UNITS.findall(original), _UNITS.findall(text)
+    if len(old) + len(new) > _MAX_DIFF_UNITS:
+        return (Edit(0, len(original), text),)
+    offsets = [0]
+    for unit in old:
+        offsets.append(offsets[-1] + len(unit))
+    matcher = difflib.SequenceMatcher(a=old, b=new, autojunk=False)
+    return tuple(
+        Edit(offsets[a0], offsets[a1], "".join(new[b0:b1]))
+        for tag, a0, a1, b0, b1 in matcher.get_opcodes()
+        if tag != "equal"
+    )
+
+
+def apply_edits(original: str, edits: tuple[Edit, ...]) -> str:
+    """Apply `edits` (ordered, not overlapping) to `original`."""
+    parts: list[str] = []
+    position = 0
+    for edit in edits:
+        parts += (original[position : edit.start], edit.replacement)
+        position = edit.end
+    return "".join((*parts, original[position:]))
