@@ -1,0 +1,1 @@
+"""Train an aligner from question-answer-correction data: rows in, checkpoint out."""

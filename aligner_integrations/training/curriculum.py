@@ -1,0 +1,192 @@
+"""Rows in the order a small model learns them: copy, then copy real text, then correct.
+
+A stage is a mixture of tasks. Examples are drawn without end from a generator seeded by the stage
+and a pool number, so a run resumes at a pool border with the data it would have seen.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from aligner_integrations.training.arithmetic import SumFrame, fill_frame, find_frame
+from aligner_integrations.training.rows import Row
+
+END, KEEP, QUESTION, PREFIX, SENTENCE, CORRECTION = 1, 2, 3, 5, 6, 7
+_FIRST_CONTENT_ID = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Token ids and, for each, the weight of predicting it (0 for most of the prompt)."""
+
+    ids: list[int]
+    weights: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A named stretch of training: how many tokens, and the share of each task."""
+
+    name: str
+    tokens: int
+    mixture: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Loss weights: of the first written token, of changed tokens, of reading good sentences."""
+
+    first: float
+    changed: float
+    reading: float
+
+
+class Curriculum:
+    """Draws examples of a stage's mixture from rows and from generators."""
+
+    def __init__(self, rows: list[Row], tokenizer: Tokenizer, *, weights: Weights, max_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._weights = weights
+        self._max_length = max_length
+        self._vocabulary = tokenizer.get_vocab_size()
+        self._rows: dict[str, list[Row]] = {}
+        for row in rows:
+            if not row.dev:
+                self._rows.setdefault(row.task, []).append(row)
+        self._frames = self._make_frames()
+        self._digits = frozenset(tokenizer.token_to_id(digit) for digit in "0123456789")
+        self._equals = frozenset((tokenizer.token_to_id("="), tokenizer.token_to_id("\u0120=")))
+        self._makers: dict[str, Callable[[random.Random], Example]] = {
+            "copy-few": lambda rng: self._random_copy(rng, pool=256, longest=24, distract=False),
+            "copy-many": lambda rng: self._random_copy(rng, pool=self._vocabulary, longest=60, distract=True),
+            "copy-text": self._copy_text,
+            "fresh-sum": self._fresh_sum,
+        }
+
+    def pool(self, stage: Stage, number: int, *, tokens: int) -> list[Example]:
+        """Return the examples of pool `number` of `stage`, about `tokens` long in all."""
+        rng = random.Random(f"{stage.name}/{number}")
+        tasks, shares = list(stage.mixture), list(stage.mixture.values())
+        examples: list[Example] = []
+        while tokens > 0:
+            task = rng.choices(tasks, shares)[0]
+            example = self._makers[task](rng) if task in self._makers else self._real(task, rng)
+            if len(example.ids) <= self._max_length:
+                examples.append(example)
+                tokens -= len(example.ids)
+        return examples
+
+    def _make_frames(self) -> list[SumFrame]:
+        steps = (row.sentence for row in self._rows.get("sum-right", []))
+        return [frame for frame in map(find_frame, steps) if frame is not None]
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids if text else []
+
+    def _example(self, question: str, prefix: str, sentence: str, target: str | None) -> Example:
+        """One decision: read the sentence, then write keep, nothing, or the rewrite."""
+        source = self._encode(sentence)
+        head = [QUESTION, *self._encode(question), PREFIX, *self._encode(prefix), SENTENCE]
+        written = [KEEP] if target is None else [*self._encode(target), END]
+        ids = [*head, *source, CORRECTION, *written]
+        weights = [0.0] * len(head) + self._reading_weights(source, target) + [0.0]
+        weights += _written_weights(source, written, self._weights)
+        return Example(ids, weights)
+
+    def _reading_weights(self, source: list[int], target: str | None) -> list[float]:
+        """Good sentences are also predicted while they are read, the digits of results in earnest."""
+        if target is not None:
+            return [0.0] * len(source)
+        weights = [self._weights.reading] * len(source)
+        equals = next((i for i, token in enumerate(source) if token in self._equals), len(source))
+        for index in range(equals, len(source)):
+            if source[index] in self._digits:
+                weights[index] = 1.0
+        return weights
+
+    def _real(self, task: str, rng: random.Random) -> Example:
+        row = rng.choice(self._rows[task])
+        question, prefix = row.question, row.prefix
+        if task.startswith("sum") and rng.random() < 0.5:
+            question = prefix = ""
+        if not question and rng.random() < 0.4:
+            question = rng.choice(self._rows["ordinary"]).question
+        if not prefix and task not in ("harmful", "good") and rng.random() < 0.25:
+            prefix = self._ordinary_text(rng)
+        if task == "ordinary" and rng.random() < 0.04:
+            prefix = self._ordinary_text(rng, rows=40)
+        return self._example(question, prefix, row.sentence, row.target)
+
+    def _ordinary_text(self, rng: random.Random, rows: int = 0) -> str:
+        chosen = rng.choices(self._rows["ordinary"], k=rows or rng.randint(1, 3))
+        return " ".join(row.sentence for row in chosen)[: 4 * self._max_length // 2]
+
+    def _fresh_sum(self, rng: random.Random) -> Example:
+        right, wrong = fill_frame(rng.choice(self._frames), rng)
+        if rng.random() < 0.5:
+            return self._example("", "", right, None)
+        return self._example("", "", wrong, right)
+
+    def _random_copy(self, rng: random.Random, *, pool: int, longest: int, distract: bool) -> Example:
+        span = self._vocabulary - _FIRST_CONTENT_ID
+        shift = rng.randrange(span) if pool < span else 0
+        draw = lambda count: [  # noqa: E731
+            _FIRST_CONTENT_ID + (shift + rng.randrange(min(pool, span))) % span for _ in range(count)
+        ]
+        source = draw(rng.randint(6, longest))
+        noise = draw(rng.randint(0, 20)) if distract else []
+        ids = [QUESTION, *noise, PREFIX, *noise[::-1], SENTENCE, *source, CORRECTION, *source, END]
+        written = len(source) + 1
+        return Example(ids, [0.0] * (len(ids) - written) + [1.0] * written)
+
+    def _copy_text(self, rng: random.Random) -> Example:
+        """Copy a real sentence, now and then without one word; how to begin is not trained."""
+        task = rng.choice(("ordinary", "polite", "rude", "sum-right", "step", "good"))
+        row = rng.choice(self._rows[task])
+        words = row.sentence.split(" ")[:60]
+        target = list(words)
+        if len(words) > 3 and rng.random() < 0.4:
+            del target[rng.randrange(1, len(words))]
+        keep_context = rng.random() < 0.3
+        question, prefix = (row.question, row.prefix) if keep_context else ("", "")
+        source, written = self._encode(" ".join(words)), [*self._encode(" ".join(target)), END]
+        head = [QUESTION, *self._encode(question), PREFIX, *self._encode(prefix), SENTENCE]
+        ids = [*head, *source, CORRECTION, *written]
+        weights = [0.0] * (len(ids) - len(written)) + [0.0] + [1.0] * (len(written) - 1)
+        return Example(ids, weights)
+
+
+def _written_weights(source: list[int], written: list[int], weights: Weights) -> list[float]:
+    """Weight what is written: the decision most, then what differs from the sentence."""
+    start = 0
+    while start < min(len(source), len(written)) and source[start] == written[start]:
+        start += 1
+    end = 0
+    limit = min(len(source), len(written) - 1) - start
+    while end < limit and source[len(source) - 1 - end] == written[len(written) - 2 - end]:
+        end += 1
+    result = [1.0] * len(written)
+    for index in range(start, len(written) - 1 - end):
+        result[index] = weights.changed
+    result[0] = weights.first
+    return result
+
+
+def make_batches(examples: list[Example], *, buckets: list[int], tokens: int, seed: str) -> Iterator[list[Example]]:
+    """Group examples of like length, `tokens` padded tokens a batch at most, in random order."""
+    batches: list[list[Example]] = []
+    shelves: dict[int, list[Example]] = {bucket: [] for bucket in buckets}
+    for example in sorted(examples, key=lambda item: len(item.ids)):
+        bucket = next(size for size in buckets if len(example.ids) <= size)
+        shelf = shelves[bucket]
+        shelf.append(example)
+        if len(shelf) == max(tokens // bucket, 1):
+            batches.append(shelf)
+            shelves[bucket] = []
+    batches += [shelf for shelf in shelves.values() if shelf]
+    random.Random(seed).shuffle(batches)
+    return iter(batches)

@@ -1,0 +1,231 @@
+"""The training run: a recipe file and the data folder in, a Hugging Face checkpoint out.
+
+Everything is decided by the recipe's seed. The run writes `state.pt` and resumes from it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import random
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from aligner_integrations.training.curriculum import (
+    Curriculum,
+    Example,
+    Stage,
+    Weights,
+    make_batches,
+)
+from aligner_integrations.training.held_out import held_out_figures
+from aligner_integrations.training.rows import Row, load_rows
+from aligner_integrations.training.vocabulary import train_tokenizer
+
+logger = logging.getLogger(__name__)
+_POOL_TOKENS = 200_000
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What the recipe file says; see tiny.toml for the meaning of each entry."""
+
+    seed: int
+    vocabulary: int
+    max_length: int
+    batch_tokens: int
+    buckets: list[int]
+    checkpoint_seconds: float
+    model: dict[str, int]
+    optimizer: dict[str, float]
+    weights: Weights
+    stages: list[Stage]
+    total_tokens: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "total_tokens", sum(stage.tokens for stage in self.stages))
+
+    @classmethod
+    def load(cls, path: Path) -> Recipe:
+        """Read a recipe; raises ValueError naming what is wrong with it."""
+        try:
+            raw: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+            raw["weights"] = Weights(**raw["weights"])
+            raw["stages"] = [Stage(**stage) for stage in raw["stages"]]
+            return cls(**raw)
+        except (KeyError, TypeError, tomllib.TOMLDecodeError) as error:
+            raise ValueError(f"recipe {path} is not complete: {error}") from error
+
+
+@dataclass(slots=True)
+class Progression:
+    """Where a run stands; saved with every checkpoint."""
+
+    stage: int = 0
+    pool: int = 0
+    step: int = 0
+    tokens: int = 0
+    stage_tokens: int = 0
+
+
+def train(recipe_path: Path, *, data: Path, out: Path, device: str = "cpu", compiled: bool = True) -> Path:
+    """Train by the recipe and return the checkpoint folder, `out/checkpoint`."""
+    recipe = Recipe.load(recipe_path)
+    out.mkdir(parents=True, exist_ok=True)
+    rows = load_rows(data)
+    tokenizer = _tokenizer(rows, recipe, out)
+    curriculum = Curriculum(rows, tokenizer, weights=recipe.weights, max_length=recipe.max_length)
+    run = TrainingRun(recipe, out, device=device, compiled=compiled)
+    run.resume()
+    run.go(curriculum, lambda: held_out_figures(run.model, tokenizer, rows, device=device))
+    return run.save_checkpoint()
+
+
+def _tokenizer(rows: list[Row], recipe: Recipe, out: Path) -> Tokenizer:
+    path = out / "tokenizer.json"
+    if not path.exists():
+        chosen = [row for row in rows if not row.dev]
+        random.Random(recipe.seed).shuffle(chosen)
+        texts = itertools.chain.from_iterable((row.question, row.sentence, row.target or "") for row in chosen)
+        train_tokenizer(texts, size=recipe.vocabulary).save(str(path))
+    return Tokenizer.from_file(str(path))
+
+
+class TrainingRun:
+    """Model, optimizer and progress of one run."""
+
+    def __init__(self, recipe: Recipe, out: Path, *, device: str, compiled: bool) -> None:
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.out, self.device = recipe, out, device
+        config = LlamaConfig(
+            vocab_size=recipe.vocabulary,
+            max_position_embeddings=recipe.max_length,
+            num_key_value_heads=recipe.model["num_attention_heads"],
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=0,
+            **recipe.model,
+        )
+        self.model = LlamaForCausalLM(config).to(device)
+        self._body: Callable[..., Any] = (
+            torch.compile(self.model.model, dynamic=False) if compiled else self.model.model
+        )
+        self.optimizer = _make_optimizer(self.model, recipe)
+        self.progress = Progression()
+        self._log = (out / "log.jsonl").open("a", encoding="utf-8")
+
+    def resume(self) -> None:
+        """Continue from `state.pt` if the run left one."""
+        path = self.out / "state.pt"
+        if path.exists():
+            state = torch.load(path, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.progress = Progression(**state["progress"])
+
+    def go(self, curriculum: Curriculum, figures: Callable[[], dict[str, float]]) -> None:
+        """Train through all stages, saving and measuring as the recipe says."""
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+        saved = time.monotonic()
+        with Progress(*columns) as bar:
+            shown = bar.add_task("training", total=self.recipe.total_tokens)
+            while self.progress.stage < len(self.recipe.stages):
+                stage = self.recipe.stages[self.progress.stage]
+                losses = [self._step(batch) for batch in self._pool(curriculum, stage)]
+                self.progress.pool += 1
+                self._record(stage.name, sum(losses) / len(losses))
+                bar.update(shown, completed=self.progress.tokens, description=f"{stage.name} {losses[-1]:.3f}")
+                if self.progress.stage_tokens >= stage.tokens:
+                    self.progress.stage += 1
+                    self.progress.stage_tokens = self.progress.pool = 0
+                if time.monotonic() - saved > self.recipe.checkpoint_seconds:
+                    self._save_state()
+                    self._record("held out", losses[-1], **figures())
+                    saved = time.monotonic()
+        self._save_state()
+        self._record("held out", 0.0, **figures())
+
+    def save_checkpoint(self) -> Path:
+        """Write the model as a Hugging Face checkpoint with its tokenizer."""
+        folder = self.out / "checkpoint"
+        self.model.save_pretrained(folder)
+        (folder / "tokenizer.json").write_bytes((self.out / "tokenizer.json").read_bytes())
+        return folder
+
+    def _pool(self, curriculum: Curriculum, stage: Stage) -> Iterator[list[Example]]:
+        number = self.progress.pool
+        left = stage.tokens - self.progress.stage_tokens
+        examples = curriculum.pool(stage, number, tokens=min(_POOL_TOKENS, max(left, 1)))
+        seed = f"{self.recipe.seed}/{stage.name}/{number}"
+        sizes = {"buckets": self.recipe.buckets, "tokens": self.recipe.batch_tokens}
+        return make_batches(examples, seed=seed, **sizes)  # type: ignore[arg-type]
+
+    def _step(self, batch: list[Example]) -> float:
+        length = next(size for size in self.recipe.buckets if max(len(e.ids) for e in batch) <= size)
+        rows = max(self.recipe.batch_tokens // length, 1)  # padded to one shape a bucket
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        weights = torch.zeros(rows, length)
+        for row, example in enumerate(batch):
+            ids[row, : len(example.ids)] = torch.tensor(example.ids)
+            weights[row, : len(example.ids)] = torch.tensor(example.weights)
+        loss = self._loss(ids.to(self.device), weights.to(self.device))
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        tokens = sum(len(example.ids) for example in batch)
+        self.progress.step += 1
+        self.progress.tokens += tokens
+        self.progress.stage_tokens += tokens
+        return float(loss.detach())
+
+    def _loss(self, ids: Tensor, weights: Tensor) -> Tensor:
+        """Weighted cross-entropy; the output projection runs only where a token has a weight."""
+        hidden = self._body(input_ids=ids, use_cache=False).last_hidden_state
+        wanted = weights[:, 1:] > 0
+        logits = self.model.lm_head(hidden[:, :-1][wanted])
+        losses = nn.functional.cross_entropy(logits, ids[:, 1:][wanted], reduction="none")
+        chosen = weights[:, 1:][wanted]
+        return (losses * chosen).sum() / chosen.sum()
+
+    def _rate(self) -> float:
+        settings, progress = self.recipe.optimizer, self.progress
+        warm = min(1.0, (progress.step + 1) / settings["warmup_steps"])
+        left = 1.0 - progress.tokens / self.recipe.total_tokens
+        return settings["rate"] * warm * min(1.0, max(left, 0.01) / settings["decay_share"])
+
+    def _save_state(self) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": {name: getattr(self.progress, name) for name in Progression.__slots__},
+        }
+        torch.save(state, self.out / "state.tmp")
+        (self.out / "state.tmp").replace(self.out / "state.pt")
+
+    def _record(self, stage: str, loss: float, **figures: float) -> None:
+        entry = {"stage": stage, "step": self.progress.step, "tokens": self.progress.tokens, "loss": round(loss, 4)}
+        self._log.write(json.dumps({**entry, **figures, "time": round(time.time())}) + "\n")
+        self._log.flush()
+
+
+def _make_optimizer(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]
+    settings = recipe.optimizer
+    groups = [{"params": matrices, "weight_decay": settings["weight_decay"]}, {"params": others}]
+    return torch.optim.AdamW(groups, lr=settings["rate"], betas=(0.9, 0.98), weight_decay=0.0)
