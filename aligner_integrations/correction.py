@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 FinishReason = Literal["eos", "length", "deadline"]
@@ -102,7 +103,7 @@ class Segment:
 # Words, runs of white space and single marks: edits on these read as a person would mark them.
 _UNITS = re.compile(r"\w+|\s+|[^\w\s]")
 # difflib is quadratic in the worst case; past this many units one edit spans the difference.
-_MAX_DIFF_UNITS = 4000
+_MAX_DIFF_UNITS = 1000
 
 
 def make_edits(original: str, text: str) -> tuple[Edit, ...]:
@@ -110,17 +111,27 @@ def make_edits(original: str, text: str) -> tuple[Edit, ...]:
     if original == text:
         return ()
     old, new = _UNITS.findall(original), _UNITS.findall(text)
+    # A correction is mostly a copy: what is left between the common ends is short.
+    start, end = _common_ends(old, new)
+    offset = sum(map(len, old[:start]))
+    old, new = old[start : len(old) - end], new[start : len(new) - end]
     if len(old) + len(new) > _MAX_DIFF_UNITS:
-        return (Edit(0, len(original), text),)
-    offsets = [0]
-    for unit in old:
-        offsets.append(offsets[-1] + len(unit))
+        return (Edit(offset, offset + sum(map(len, old)), "".join(new)),)
+    offsets = list(accumulate(map(len, old), initial=offset))
     matcher = difflib.SequenceMatcher(a=old, b=new, autojunk=False)
     return tuple(
         Edit(offsets[a0], offsets[a1], "".join(new[b0:b1]))
         for tag, a0, a1, b0, b1 in matcher.get_opcodes()
         if tag != "equal"
     )
+
+
+def _common_ends(old: list[str], new: list[str]) -> tuple[int, int]:
+    limit = min(len(old), len(new))
+    start = next((i for i in range(limit) if old[i] != new[i]), limit)
+    limit -= start
+    end = next((i for i in range(limit) if old[-1 - i] != new[-1 - i]), limit)
+    return start, end
 
 
 def apply_edits(original: str, edits: tuple[Edit, ...]) -> str:
