@@ -1,0 +1,353 @@
+"""`Aligner`: template, tokenizer, backend, decoding and safeguards put together."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+
+from aligner_integrations.backends import load_backend
+from aligner_integrations.backends.base import Backend, Ids
+from aligner_integrations.config import AlignerConfig, DecodeConfig, Granularity
+from aligner_integrations.correction import Correction, DecodeStats, Finding, make_edits
+from aligner_integrations.decode import Decoded, PromptCache, draft_decode, greedy_decode
+from aligner_integrations.errors import (
+    AlignerError,
+    CorrectionFailedError,
+    InputTooLongError,
+    ModelLoadError,
+    TemplateError,
+)
+from aligner_integrations.resilience import WITHHELD_TEXT, OnError
+from aligner_integrations.safeguards import SafeguardPolicy, inspect_correction, is_kept
+from aligner_integrations.sentences import SentenceBuffer
+from aligner_integrations.template import CorrectionTemplate
+from aligner_integrations.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from aligner_integrations.correction import Segment
+    from aligner_integrations.stream import StreamCorrector
+
+SafeguardMode: TypeAlias = Literal["keep_original", "off"]
+
+_BUNDLED = Path(__file__).parent / "models" / "tiny"
+_WORD = re.compile(r"\w")
+
+
+class Aligner:
+    """Corrects answers. One instance serves any number of threads and streams."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        config: AlignerConfig,
+        *,
+        template: CorrectionTemplate | None = None,
+        decode: DecodeConfig | None = None,
+        safeguards: SafeguardMode = "keep_original",
+    ) -> None:
+        self.template = template or CorrectionTemplate.named(config.template)
+        if config.granularity == "sentence" and self.template.granularity == "answer":
+            raise TemplateError(
+                f"template {self.template.name!r} frames whole answers, but the model is sentence-level"
+            )
+        if safeguards not in get_args(SafeguardMode):
+            raise ValueError(f"safeguards must be 'keep_original' or 'off', got {safeguards!r}")
+        if decode is not None and not isinstance(decode, DecodeConfig):
+            raise TypeError(f"decode must be a DecodeConfig, got {type(decode).__name__}")
+        self.backend = backend
+        self.tokenizer = tokenizer
+        self.config = config
+        self.decode_config = decode or DecodeConfig(edit_margin=config.edit_margin)
+        self.safeguards: SafeguardMode = safeguards
+        self.keep_id = None if config.keep_token is None else tokenizer.token_id(config.keep_token)
+        if config.keep_token is not None and self.keep_id is None:
+            raise ModelLoadError(
+                f"aligner.json names keep_token {config.keep_token!r}; the tokenizer lacks it"
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | None = None,
+        *,
+        backend: str = "auto",
+        provider: str = "auto",
+        template: str | CorrectionTemplate | None = None,
+        decode: DecodeConfig | None = None,
+        safeguards: SafeguardMode = "keep_original",
+    ) -> Aligner:
+        """Load a model folder, or the bundled model when none is given.
+
+        Args:
+            model: A folder with `model.onnx`, `tokenizer.json` and `aligner.json`.
+            backend: `"auto"` or `"onnx"`.
+            provider: `"auto"`, `"tensorrt"`, `"cuda"` or `"cpu"`.
+            template: The frame, for a folder without `aligner.json`.
+            decode: How to decode; without it the folder's `edit_margin` holds.
+            safeguards: `"keep_original"` puts a harmful correction back to the answer, `"off"` does not.
+
+        Raises:
+            ModelLoadError: the folder or a file in it is missing or damaged.
+        """
+        if model is not None and not isinstance(model, str | Path):
+            raise TypeError(f"model must be a str or Path, got {type(model).__name__}")
+        folder = _BUNDLED if model is None else Path(model)
+        if not folder.is_dir():
+            raise ModelLoadError(
+                f"model folder {folder} does not exist; give a folder that holds model.onnx, tokenizer.json "
+                "and aligner.json (hub names cannot be loaded yet: download the checkpoint and export it)"
+            )
+        if isinstance(template, CorrectionTemplate | None):
+            frame = template
+        else:
+            frame = CorrectionTemplate.named(template)
+        config = _load_config(folder, frame)
+        tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
+        name = "onnx" if backend == "auto" else backend
+        runner = load_backend(name, folder, provider=provider)
+        return cls(runner, tokenizer, config, template=frame, decode=decode, safeguards=safeguards)
+
+    def with_options(
+        self, *, decode: DecodeConfig | None = None, safeguards: SafeguardMode | None = None
+    ) -> Aligner:
+        """Return an aligner that shares this one's loaded model and differs in these options."""
+        return Aligner(
+            self.backend,
+            self.tokenizer,
+            self.config,
+            template=self.template,
+            decode=self.decode_config if decode is None else decode,
+            safeguards=self.safeguards if safeguards is None else safeguards,
+        )
+
+    @property
+    def granularity(self) -> Granularity:
+        """Whether the model corrects whole answers or one sentence at a time."""
+        return self.config.granularity
+
+    def __repr__(self) -> str:
+        return (
+            f"Aligner(template={self.template.name!r}, granularity={self.granularity!r}, "
+            f"backend={self.backend.name!r}, provider={self.backend.provider!r}, "
+            f"safeguards={self.safeguards!r})"
+        )
+
+    def correct(self, question: str, answer: str, *, feedback: str = "") -> Correction:
+        """Correct a finished answer.
+
+        A sentence-level model corrects it sentence by sentence, each after the corrected ones before
+        it. A piece that does not fit the context stays as it is, with a finding.
+
+        Raises:
+            CorrectionFailedError: the model failed.
+            InputTooLongError: an answer-level model's context cannot hold question, answer and
+                correction.
+        """
+        check_texts(question=question, answer=answer, feedback=feedback)
+        if self.granularity == "sentence":
+            from aligner_integrations.stream import correct_by_sentence  # streams stand above this file
+
+            return correct_by_sentence(self, question, answer, feedback=feedback)
+        core = answer.strip()
+        if not has_words(core):
+            return self.untouched(question, answer)
+        prompt = self.encode_prompt(question, "", core, feedback)
+        reference = self.tokenizer.encode_text(core)
+        room = self.config.max_length - len(prompt)
+        if room <= len(reference):
+            raise InputTooLongError(
+                f"question and answer take {len(prompt)} tokens and a correction as long as the answer "
+                f"{len(reference) + 1} more; the model's context has {self.config.max_length}"
+            )
+        decoded = self.run(prompt, reference, min(self.decode_config.max_new_tokens or room, room))
+        lead, _, tail = answer.partition(core)
+        # Published aligners rewrite freely, so being far from the original is no harm in itself.
+        policy = SafeguardPolicy(min_similarity=0.0)
+        return self.finish(question, (lead, core, tail), reference, decoded, policy)
+
+    def correct_sentence(
+        self, question: str, prefix: str, sentence: str, *, feedback: str = ""
+    ) -> Correction:
+        """Correct one sentence, given what the reader has already seen of the answer.
+
+        Raises:
+            CorrectionFailedError: the model failed.
+            InputTooLongError: the sentence and its correction alone exceed the model's context.
+            TemplateError: the model corrects whole answers only.
+        """
+        check_texts(question=question, prefix=prefix, sentence=sentence, feedback=feedback)
+        if self.granularity != "sentence":
+            raise TemplateError(
+                f"template {self.template.name!r} corrects whole answers; use correct(question, answer)"
+            )
+        from aligner_integrations.stream import SentenceSession  # streams stand above this file
+
+        session = SentenceSession(self, question, feedback)
+        buffer = SentenceBuffer()
+        for piece in (*buffer.push(prefix), *buffer.flush()):
+            session.accept(piece)
+        return session.correct(sentence)
+
+    def correct_batch(self, pairs: Sequence[tuple[str, str]], *, feedback: str = "") -> list[Correction]:
+        """Correct (question, answer) pairs; the same as one by one, in the same order."""
+        if not isinstance(pairs, Sequence):
+            raise TypeError(f"pairs must be a sequence of (question, answer), got {type(pairs).__name__}")
+        for index, pair in enumerate(pairs):
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise TypeError(
+                    f"pairs[{index}] must be a (question, answer) pair, got {type(pair).__name__}"
+                )
+            check_texts(**{f"pairs[{index}][0]": pair[0], f"pairs[{index}][1]": pair[1]})
+        return [self.correct(question, answer, feedback=feedback) for question, answer in pairs]
+
+    async def acorrect(self, question: str, answer: str, *, feedback: str = "") -> Correction:
+        """Correct a finished answer in a thread of its own."""
+        import asyncio  # a fifth of the time that importing this package takes; few need it
+
+        return await asyncio.to_thread(self.correct, question, answer, feedback=feedback)
+
+    def stream(
+        self,
+        question: str,
+        *,
+        feedback: str = "",
+        on_error: OnError = "raise",
+        withheld_text: str = WITHHELD_TEXT,
+    ) -> StreamCorrector:
+        """Return a corrector for one answer that is still coming; see `StreamCorrector`."""
+        from aligner_integrations.stream import StreamCorrector  # streams stand above this file
+
+        return StreamCorrector(
+            self, question, feedback=feedback, on_error=on_error, withheld_text=withheld_text
+        )
+
+    def correct_stream(
+        self,
+        question: str,
+        chunks: Iterable[str],
+        *,
+        feedback: str = "",
+        on_error: OnError = "raise",
+        withheld_text: str = WITHHELD_TEXT,
+    ) -> Iterator[Segment]:
+        """Yield corrected segments of the answer that `chunks` brings, each as soon as it is done.
+
+        Closing the iterator early closes `chunks` too, when it is a generator.
+        """
+        stream = self.stream(question, feedback=feedback, on_error=on_error, withheld_text=withheld_text)
+        return stream.correct_chunks(chunks)
+
+    # What follows is for `stream.py`, which keeps the state of one answer.
+
+    def encode_prompt(self, question: str, prefix: str, text: str, feedback: str) -> Ids:
+        """Return the ids of the prompt for `text`: a sentence, or a whole answer without prefix."""
+        if self.template.granularity == "answer":
+            spans = self.template.spans(question=question, answer=text, feedback=feedback)
+        else:
+            spans = self.template.spans(question=question, prefix=prefix, sentence=text, feedback=feedback)
+        return self.tokenizer.encode(spans)
+
+    def run(
+        self, prompt: Ids, reference: Ids, max_new_tokens: int, cache: PromptCache | None = None
+    ) -> Decoded:
+        """Decode a correction; whatever the backend raises becomes a `CorrectionFailedError`."""
+        decode = draft_decode if self.decode_config.draft else greedy_decode
+        try:
+            return decode(
+                self.backend,
+                prompt,
+                reference,
+                config=self.decode_config,
+                eos_id=self.tokenizer.eos_id,
+                max_new_tokens=max_new_tokens,
+                keep_id=self.keep_id,
+                cache=cache,
+                # With a keep token the margin is spent on that one decision: once the model means to
+                # edit, holding it to the copy would undo the edit.
+                draft_margin=None if self.keep_id is None else 0.0,
+            )
+        except AlignerError:
+            raise
+        except Exception as error:  # backends share no base class of errors
+            raise CorrectionFailedError(
+                f"the model failed while correcting: {type(error).__name__}: {error}"
+            ) from error
+
+    def finish(
+        self,
+        question: str,
+        margins: tuple[str, str, str],
+        reference: Ids,
+        decoded: Decoded,
+        policy: SafeguardPolicy,
+        findings: tuple[Finding, ...] = (),
+    ) -> Correction:
+        """Turn what was decoded into a correction, past the safeguards.
+
+        `margins` is what was corrected as (lead, core, tail); only the core was shown to the model.
+        """
+        core = margins[1]
+        # The same ids mean the same text: never through decoding, which could lose what ids cannot hold.
+        same = decoded.kept or decoded.ids == reference
+        proposed = core if same else self.tokenizer.decode(decoded.ids).strip()
+        if decoded.stats.finish_reason != "eos" and not same:
+            action = "kept_original" if self.safeguards == "keep_original" else "accepted"
+            findings += (Finding("truncated", "the correction ended before it was complete", action),)
+        if self.safeguards == "keep_original":
+            policy = replace(policy, special_tokens=self.tokenizer.special_tokens_in(proposed))
+            findings += inspect_correction(question, core, proposed, policy=policy)
+        answer = "".join(margins)
+        text = answer if is_kept(findings) else _put_back(margins, proposed)
+        return Correction(
+            question=question,
+            answer=answer,
+            text=text,
+            proposed=_put_back(margins, proposed),
+            edits=make_edits(answer, text),
+            findings=findings,
+            stats=decoded.stats,
+        )
+
+    def untouched(self, question: str, answer: str, *findings: Finding) -> Correction:
+        """Return `answer` as its own correction, at no cost."""
+        stats = DecodeStats(backend=self.backend.name, provider=self.backend.provider)
+        return Correction(question, answer, answer, answer, findings=findings, stats=stats)
+
+
+def has_words(text: str) -> bool:
+    """Return whether there is anything to correct: a letter or a digit."""
+    return _WORD.search(text) is not None
+
+
+def check_texts(**texts: object) -> None:
+    """Raise a `TypeError` that names the first argument that is not a string."""
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be a str, got {type(text).__name__}")
+
+
+def _put_back(margins: tuple[str, str, str], text: str) -> str:
+    """Return `text` between its margins; of a dropped sentence only a line break stays."""
+    lead, _, tail = margins
+    if not text:
+        return tail if "\n" in tail else ""
+    return lead + text + tail
+
+
+def _load_config(folder: Path, template: CorrectionTemplate | None) -> AlignerConfig:
+    """Return the folder's `aligner.json`, or for a plain checkpoint what `template` and its config say."""
+    if template is None or (folder / "aligner.json").is_file():
+        return AlignerConfig.load(folder)
+    path = folder / "config.json"
+    try:
+        said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        config = AlignerConfig(template.name, template.granularity)
+        length = said.get("max_position_embeddings")
+        return config if length is None else replace(config, max_length=int(length))
+    except (ValueError, TypeError, AttributeError, OSError) as error:
+        raise ModelLoadError(f"{path} is not a valid config.json: {error}") from error
