@@ -29,11 +29,17 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A named stretch of training: how many tokens, and the share of each task."""
+    """A named stretch of training: how many tokens, and the share of each task.
+
+    It ends early once the mean loss of a pool falls below `until`. `batch_tokens` are padded tokens
+    a step: copying is learned in few tokens if there are many steps.
+    """
 
     name: str
     tokens: int
+    batch_tokens: int
     mixture: dict[str, float]
+    until: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +67,9 @@ class Curriculum:
         self._digits = frozenset(tokenizer.token_to_id(digit) for digit in "0123456789")
         self._equals = frozenset((tokenizer.token_to_id("="), tokenizer.token_to_id("\u0120=")))
         self._makers: dict[str, Callable[[random.Random], Example]] = {
-            "copy-few": lambda rng: self._random_copy(rng, pool=256, longest=24, distract=False),
-            "copy-many": lambda rng: self._random_copy(rng, pool=self._vocabulary, longest=60, distract=True),
+            "copy-few": lambda rng: self._random_copy(rng, pool=256, longest=24, noise=0),
+            "copy-more": lambda rng: self._random_copy(rng, pool=2 ** rng.randint(8, 13), longest=48, noise=0),
+            "copy-all": lambda rng: self._random_copy(rng, pool=self._vocabulary, longest=60, noise=20),
             "copy-text": self._copy_text,
             "fresh-sum": self._fresh_sum,
         }
@@ -131,15 +138,14 @@ class Curriculum:
             return self._example("", "", right, None)
         return self._example("", "", wrong, right)
 
-    def _random_copy(self, rng: random.Random, *, pool: int, longest: int, distract: bool) -> Example:
-        span = self._vocabulary - _FIRST_CONTENT_ID
-        shift = rng.randrange(span) if pool < span else 0
-        draw = lambda count: [  # noqa: E731
-            _FIRST_CONTENT_ID + (shift + rng.randrange(min(pool, span))) % span for _ in range(count)
-        ]
-        source = draw(rng.randint(6, longest))
-        noise = draw(rng.randint(0, 20)) if distract else []
-        ids = [QUESTION, *noise, PREFIX, *noise[::-1], SENTENCE, *source, CORRECTION, *source, END]
+    def _random_copy(self, rng: random.Random, *, pool: int, longest: int, noise: int) -> Example:
+        """Copy random tokens out of the first `pool`, after up to `noise` other ones."""
+        last = min(_FIRST_CONTENT_ID + pool, self._vocabulary) - 1
+        source, before = (
+            [rng.randint(_FIRST_CONTENT_ID, last) for _ in range(rng.randint(least, most))]
+            for least, most in ((6, longest), (0, noise))
+        )
+        ids = [QUESTION, *before, PREFIX, *before[::-1], SENTENCE, *source, CORRECTION, *source, END]
         written = len(source) + 1
         return Example(ids, [0.0] * (len(ids) - written) + [1.0] * written)
 

@@ -30,11 +30,12 @@ from aligner_integrations.training.curriculum import (
     make_batches,
 )
 from aligner_integrations.training.held_out import held_out_figures
+from aligner_integrations.training.initial import set_up_copying
 from aligner_integrations.training.rows import Row, load_rows
 from aligner_integrations.training.vocabulary import train_tokenizer
 
 logger = logging.getLogger(__name__)
-_POOL_TOKENS = 200_000
+_POOL_TOKENS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,6 @@ class Recipe:
     seed: int
     vocabulary: int
     max_length: int
-    batch_tokens: int
     buckets: list[int]
     checkpoint_seconds: float
     model: dict[str, int]
@@ -113,12 +113,15 @@ class TrainingRun:
             max_position_embeddings=recipe.max_length,
             num_key_value_heads=recipe.model["num_attention_heads"],
             tie_word_embeddings=True,
+            attention_bias=True,
             bos_token_id=None,
             eos_token_id=1,
             pad_token_id=0,
             **recipe.model,
         )
-        self.model = LlamaForCausalLM(config).to(device)
+        self.model = LlamaForCausalLM(config)
+        set_up_copying(self.model)
+        self.model.to(device)
         self._body: Callable[..., Any] = (
             torch.compile(self.model.model, dynamic=False) if compiled else self.model.model
         )
@@ -143,11 +146,12 @@ class TrainingRun:
             shown = bar.add_task("training", total=self.recipe.total_tokens)
             while self.progress.stage < len(self.recipe.stages):
                 stage = self.recipe.stages[self.progress.stage]
-                losses = [self._step(batch) for batch in self._pool(curriculum, stage)]
+                losses = [self._step(batch, stage.batch_tokens) for batch in self._pool(curriculum, stage)]
                 self.progress.pool += 1
-                self._record(stage.name, sum(losses) / len(losses))
+                mean = sum(losses) / len(losses)
+                self._record(stage.name, mean)
                 bar.update(shown, completed=self.progress.tokens, description=f"{stage.name} {losses[-1]:.3f}")
-                if self.progress.stage_tokens >= stage.tokens:
+                if self.progress.stage_tokens >= stage.tokens or mean < stage.until:
                     self.progress.stage += 1
                     self.progress.stage_tokens = self.progress.pool = 0
                 if time.monotonic() - saved > self.recipe.checkpoint_seconds:
@@ -169,12 +173,11 @@ class TrainingRun:
         left = stage.tokens - self.progress.stage_tokens
         examples = curriculum.pool(stage, number, tokens=min(_POOL_TOKENS, max(left, 1)))
         seed = f"{self.recipe.seed}/{stage.name}/{number}"
-        sizes = {"buckets": self.recipe.buckets, "tokens": self.recipe.batch_tokens}
-        return make_batches(examples, seed=seed, **sizes)  # type: ignore[arg-type]
+        return make_batches(examples, buckets=self.recipe.buckets, tokens=stage.batch_tokens, seed=seed)
 
-    def _step(self, batch: list[Example]) -> float:
+    def _step(self, batch: list[Example], batch_tokens: int) -> float:
         length = next(size for size in self.recipe.buckets if max(len(e.ids) for e in batch) <= size)
-        rows = max(self.recipe.batch_tokens // length, 1)  # padded to one shape a bucket
+        rows = max(batch_tokens // length, 1)  # padded to one shape a bucket
         ids = torch.zeros(rows, length, dtype=torch.long)
         weights = torch.zeros(rows, length)
         for row, example in enumerate(batch):
@@ -203,9 +206,12 @@ class TrainingRun:
         return (losses * chosen).sum() / chosen.sum()
 
     def _rate(self) -> float:
+        """Rise at the start, stay, and fall to zero over the last part of the last stage."""
         settings, progress = self.recipe.optimizer, self.progress
         warm = min(1.0, (progress.step + 1) / settings["warmup_steps"])
-        left = 1.0 - progress.tokens / self.recipe.total_tokens
+        left = 1.0
+        if progress.stage == len(self.recipe.stages) - 1:
+            left = 1.0 - progress.stage_tokens / self.recipe.stages[-1].tokens
         return settings["rate"] * warm * min(1.0, max(left, 0.01) / settings["decay_share"])
 
     def _save_state(self) -> None:

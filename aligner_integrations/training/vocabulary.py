@@ -6,16 +6,8 @@ from collections.abc import Iterable
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-SPECIAL_TOKENS = (
-    "<|pad|>",
-    "<|end|>",
-    "<|keep|>",
-    "<|question|>",
-    "<|feedback|>",
-    "<|prefix|>",
-    "<|sentence|>",
-    "<|correction|>",
-)
+from aligner_integrations.template import TINY_TOKENS
+
 # Words with their space before them; every digit alone, and no space glued to it, so that a digit
 # is the same token wherever it stands.
 _WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
@@ -34,7 +26,7 @@ def train_tokenizer(texts: Iterable[str], *, size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         min_frequency=2,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in TINY_TOKENS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
