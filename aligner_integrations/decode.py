@@ -1,0 +1,261 @@
+"""Greedy decoding, plain and guided by a reference: ids in, ids out.
+
+Both functions choose every token by the same rule, so they return the same ids; `draft_decode` only
+needs fewer forwards. The rule, with `reference` the tokens of the original answer:
+
+* the token is the one with the best logit;
+* unless the place reached in the reference foretells another one, and the best beats that one by no
+  more than the draft margin: then the foretold token stays;
+* with a keep token, the first choice is between it and the best other token: keep unless the other
+  beats it by more than `config.edit_margin`. The keep token is never written after that.
+
+With margins of 0 this is plain greedy decoding. The same ids means: as far as a forward over many
+tokens rounds like forwards over one, which fp32 does up to near-ties.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import numpy as np
+
+from aligner_integrations.backends.base import Backend, Ids, Logits
+from aligner_integrations.config import DecodeConfig
+from aligner_integrations.correction import DecodeStats
+from aligner_integrations.draft import Alignment, common_start, next_draft_length, propose
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What the model wrote, without end-of-text; `kept` when it chose the keep token."""
+
+    ids: Ids
+    kept: bool
+    stats: DecodeStats
+
+
+class PromptCache:
+    """The cache of one stream and the ids that it holds. Not for two threads at a time."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._kv = backend.make_cache()
+        self.ids: Ids = []
+
+    def reuse(self, prompt: Ids) -> int:
+        """Trim to the longest common start with `prompt`, and return its length.
+
+        It is at most `len(prompt) - 1`, because the last token must be run to get its logits.
+        """
+        common = min(common_start(self.ids, prompt), max(len(prompt) - 1, 0))
+        self.trim(common)
+        return common
+
+    def trim(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        self._kv.trim(length)
+        del self.ids[length:]
+
+    def forward(self, ids: Ids, *, last: int) -> Logits:
+        """Run `ids` and append them. A forward that fails leaves the cache empty, not half written."""
+        try:
+            logits = self._backend.forward(ids, self._kv, last=last)
+        except BaseException:
+            self._kv = self._backend.make_cache()
+            self.ids = []
+            raise
+        self.ids.extend(ids)
+        return logits
+
+
+def greedy_decode(
+    backend: Backend,
+    prompt: Ids,
+    reference: Ids,
+    *,
+    config: DecodeConfig,
+    eos_id: int,
+    max_new_tokens: int,
+    keep_id: int | None = None,
+    cache: PromptCache | None = None,
+    draft_margin: float | None = None,
+) -> Decoded:
+    """Decode one token per forward. Arguments and result are those of `draft_decode`."""
+    return _Run(
+        backend=backend,
+        prompt=prompt,
+        reference=reference,
+        config=config,
+        eos_id=eos_id,
+        max_new_tokens=max_new_tokens,
+        keep_id=keep_id,
+        cache=PromptCache(backend) if cache is None else cache,
+        draft_margin=config.edit_margin if draft_margin is None else draft_margin,
+        drafting=False,
+    ).decode()
+
+
+def draft_decode(
+    backend: Backend,
+    prompt: Ids,
+    reference: Ids,
+    *,
+    config: DecodeConfig,
+    eos_id: int,
+    max_new_tokens: int,
+    keep_id: int | None = None,
+    cache: PromptCache | None = None,
+    draft_margin: float | None = None,
+) -> Decoded:
+    """Decode with `reference` as the draft: one forward for an unchanged answer, at any length.
+
+    Args:
+        backend: runs the network.
+        prompt: the ids to continue; at least one.
+        reference: the ids of the original answer (or sentence), without end-of-text.
+        config: `edit_margin`, `max_draft_tokens` and, if set, `max_new_tokens` are used.
+        eos_id: ends the output.
+        max_new_tokens: how many tokens may be written, end-of-text included.
+        keep_id: the model's keep token, if it has one.
+        cache: the stream's cache; what it shares with the prompt is not run again.
+        draft_margin: the margin for the tokens of a rewrite; `None` takes `config.edit_margin`.
+    """
+    return _Run(
+        backend=backend,
+        prompt=prompt,
+        reference=reference,
+        config=config,
+        eos_id=eos_id,
+        max_new_tokens=max_new_tokens,
+        keep_id=keep_id,
+        cache=PromptCache(backend) if cache is None else cache,
+        draft_margin=config.edit_margin if draft_margin is None else draft_margin,
+        drafting=True,
+    ).decode()
+
+
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """The state of one decoding: what is written, what it cost, where the reference stands."""
+
+    backend: Backend
+    prompt: Ids
+    reference: Ids
+    config: DecodeConfig
+    eos_id: int
+    max_new_tokens: int
+    keep_id: int | None
+    cache: PromptCache
+    draft_margin: float
+    drafting: bool
+    alignment: Alignment = field(init=False)
+    room: int = field(init=False)  # tokens that may be written in all
+    output: Ids = field(default_factory=list)
+    forwards: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise ValueError("prompt must hold at least one token")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        self.room = min(self.max_new_tokens, self.config.max_new_tokens or self.max_new_tokens)
+        # Nothing after an end-of-text can be reached, so a reference that holds one ends there.
+        end = self.reference.index(self.eos_id) if self.eos_id in self.reference else len(self.reference)
+        self.alignment = Alignment(self.reference[:end], end=self.eos_id)
+
+    def decode(self) -> Decoded:
+        started = perf_counter()
+        cached = self.cache.reuse(self.prompt)
+        kept = self._write(self.prompt[cached:])
+        ended = not kept and self.output[-1] == self.eos_id
+        return Decoded(
+            ids=list(self.reference) if kept else self.output[:-1] if ended else self.output,
+            kept=kept,
+            stats=DecodeStats(
+                prompt_tokens=len(self.prompt),
+                cached_tokens=cached,
+                new_tokens=len(self.output),
+                forwards=self.forwards,
+                drafted_tokens=self.drafted,
+                accepted_tokens=self.accepted,
+                seconds=perf_counter() - started,
+                finish_reason="eos" if kept or ended else "length",
+                backend=self.backend.name,
+                provider=self.backend.provider,
+            ),
+        )
+
+    def _write(self, pending: Ids) -> bool:
+        """Run forwards until end-of-text or until the room is used; return whether to keep."""
+        length = len(self.reference)  # the first try is the whole reference
+        if self.keep_id is not None:
+            token = self._decide(self._forward(pending, [])[0], self.keep_id)
+            self._emit(token)
+            if token == self.keep_id:
+                return True
+            pending = [token]
+            length = self.config.max_draft_tokens  # the model means to edit, so not the whole
+        while len(self.output) < self.room and self.eos_id not in self.output[-1:]:
+            draft = self._draft(length) if self.drafting else []
+            accepted = self._verify(self._forward(pending, draft), draft)
+            self.drafted += len(draft)
+            self.accepted += accepted
+            self.cache.trim(len(self.cache.ids) - len(draft) + accepted)
+            length = next_draft_length(
+                length, drafted=len(draft), accepted=accepted, longest=self.config.max_draft_tokens
+            )
+            pending = self.output[-1:]
+        return False
+
+    def _decide(self, logits: Logits, keep_id: int) -> int:
+        """Choose between the keep token and the best other one."""
+        others = _without(logits, keep_id)
+        best = int(others.argmax())
+        return best if others[best] - logits[keep_id] > self.config.edit_margin else keep_id
+
+    def _draft(self, length: int) -> Ids:
+        count = min(length, self.room - len(self.output) - 1)  # a forward writes one more than it accepts
+        if count < 1:
+            return []
+        draft = propose(self.alignment, prompt=self.prompt, output=self.output, count=count)
+        # The last token before end-of-text already foretells it; nothing is to be run after it.
+        return draft[: draft.index(self.eos_id)] if self.eos_id in draft else draft
+
+    def _forward(self, pending: Ids, draft: Ids) -> Logits:
+        self.forwards += 1
+        return self.cache.forward(pending + draft, last=len(draft) + 1)
+
+    def _verify(self, logits: Logits, draft: Ids) -> int:
+        """Write tokens as far as the draft agrees and one more; return the accept length."""
+        if self.keep_id is not None:
+            logits = _without(logits, self.keep_id)
+        best = logits.argmax(axis=1).tolist()
+        for accepted, drafted in enumerate(draft):
+            token = self._choose(logits[accepted], best[accepted])
+            self._emit(token)
+            if token != drafted:
+                return accepted
+        self._emit(self._choose(logits[-1], best[-1]))
+        return len(draft)
+
+    def _choose(self, logits: Logits, best: int) -> int:
+        """Return the token the reference foretells if the margin lets it stay, else the best."""
+        if self.draft_margin > 0:
+            foretold = self.alignment.next()
+            if foretold is not None and logits[best] - logits[foretold] <= self.draft_margin:
+                return foretold
+        return best
+
+    def _emit(self, token: int) -> None:
+        self.output.append(token)
+        self.alignment.push(token)
+
+
+def _without(logits: Logits, token: int) -> Logits:
+    """Return a copy in which `token` cannot be chosen."""
+    logits = logits.copy()
+    logits[..., token] = -np.inf
+    return logits

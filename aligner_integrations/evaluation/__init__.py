@@ -1,0 +1,1 @@
+"""Figures on question-answer-correction data, and benchmarks."""
