@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
@@ -218,12 +218,13 @@ class Aligner:
         feedback: str = "",
         on_error: OnError = "raise",
         withheld_text: str = WITHHELD_TEXT,
+        sink: Callable[[Segment], None] | None = None,
     ) -> StreamCorrector:
         """Return a corrector for one answer that is still coming; see `StreamCorrector`."""
         from aligner_integrations.stream import StreamCorrector  # streams stand above this file
 
         return StreamCorrector(
-            self, question, feedback=feedback, on_error=on_error, withheld_text=withheld_text
+            self, question, feedback=feedback, on_error=on_error, withheld_text=withheld_text, sink=sink
         )
 
     def correct_stream(

@@ -41,8 +41,7 @@ class DecodeConfig:
             raise ValueError(f"edit_margin is in logits and must be >= 0, got {self.edit_margin}")
         if self.temperature != 0.0:
             raise ValueError(
-                f"temperature={self.temperature}: sampling is not available yet; "
-                "use temperature=0.0 (greedy)"
+                f"temperature={self.temperature}: sampling is not available yet; use temperature=0.0 (greedy)"
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from types import TracebackType
 from typing import Self
@@ -123,6 +123,8 @@ class StreamCorrector:
     sentence is then tried again. `close` raises as long as a sentence fails. With `"pass_through"` the
     original is shown, with `"withhold"` the `withheld_text`; a finding says so.
 
+    A `sink` is called with every segment, once, when it is corrected.
+
     As a context manager it lets go of its state on leaving; text that was pushed but not closed is
     then not corrected any more.
     """
@@ -135,8 +137,10 @@ class StreamCorrector:
         feedback: str = "",
         on_error: OnError = "raise",
         withheld_text: str = WITHHELD_TEXT,
+        sink: Callable[[Segment], None] | None = None,
     ) -> None:
         check_texts(question=question, feedback=feedback)
+        self._sink = sink
         self._aligner = aligner
         self._question = question
         self._feedback = feedback
@@ -278,6 +282,8 @@ class StreamCorrector:
         )
         self._count += 1
         self._offset += len(correction.answer)
+        if self._sink is not None:
+            self._sink(segment)
         return segment
 
     def _release(self) -> None:

@@ -188,6 +188,23 @@ def test_the_draft_margin_can_differ_from_the_margin_of_the_decision() -> None:
     assert strict.ids == [id for id in base if id != EOS]
 
 
+class Graded(TableBackend):
+    """Token 5 always has logit 3, token 6 logit 2 and all others 0."""
+
+    def _row(self, ids: Ids) -> Logits:
+        row = np.zeros(12, dtype=np.float32)
+        row[5:7] = 3, 2
+        return row
+
+
+@pytest.mark.parametrize(("margin", "written"), [(0.9, 5), (1.0, 6), (2.0, 6)])
+def test_a_token_that_is_beaten_by_just_the_margin_stays(margin: float, written: int) -> None:
+    for decode in (draft_decode, greedy_decode):
+        config = DecodeConfig(edit_margin=margin)
+        decoded = decode(Graded(0), [4], [6, 6, 6], config=config, eos_id=EOS, max_new_tokens=3)
+        assert decoded.ids == [written] * 3
+
+
 @cache
 def trajectory(seed: int, prompt: tuple[int, ...], keep_id: int | None) -> tuple[Ids, float]:
     """Return the greedy output of the ONNX model and the smallest gap between best and second best."""

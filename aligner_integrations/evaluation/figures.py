@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import isnan
 from pathlib import Path
 
 import numpy as np
@@ -94,8 +95,10 @@ class Report:
         """Return the margin that meets most targets, then the one with the largest worst slack."""
 
         def merit(margin: float) -> tuple[int, float]:
-            slack = [self.figures(margin)[name] - least for name, least in TARGETS.items()]
-            return sum(value >= 0 for value in slack), min(slack)
+            figures = self.figures(margin)
+            slack = [figures[name] - least for name, least in TARGETS.items()]
+            known = [value for value in slack if not isnan(value)]  # a task without rows has no figure
+            return sum(value >= 0 for value in known), min(known, default=0.0)
 
         return max(_MARGINS, key=merit)
 
@@ -119,7 +122,14 @@ class Report:
 
 
 def evaluate(aligner: Aligner, data: Path, *, rows_a_task: int = 600) -> Report:
-    """Run the held-out rows of `data` through `aligner`, at most `rows_a_task` of each task."""
+    """Run the held-out rows of `data` through `aligner`, at most `rows_a_task` of each task.
+
+    Raises:
+        FileNotFoundError: a source is missing in `data`.
+        ValueError: the model has no keep token, so that one pass does not give the curve.
+    """
+    if aligner.keep_id is None:
+        raise ValueError("the figures are read off the keep token; this model's aligner.json names none")
     rows = load_rows(data)
     references: dict[str, list[str]] = {}
     for row in rows:
@@ -175,7 +185,7 @@ def numbers(text: str) -> list[float]:
 class DecisionRecorder:
     """A backend that runs another one and notes how the first choice after each prompt stood."""
 
-    def __init__(self, backend: Backend, keep_id: int | None) -> None:
+    def __init__(self, backend: Backend, keep_id: int) -> None:
         self._backend = backend
         self._keep_id = keep_id
         self.name, self.provider = backend.name, backend.provider
@@ -188,7 +198,7 @@ class DecisionRecorder:
     def forward(self, ids: Ids, cache: KVCache, *, last: int) -> Logits:
         """Run the backend; the first forward after `score` was cleared is the decision."""
         logits = self._backend.forward(ids, cache, last=last)
-        if self.score is None and self._keep_id is not None:
+        if self.score is None:
             others = np.delete(logits[-1], self._keep_id)
             self.score = float(others.max() - logits[-1, self._keep_id])
         return logits

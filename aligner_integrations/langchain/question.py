@@ -36,6 +36,7 @@ _KEYS = ("question", "input", "query", "messages")
 _MAX_ASKS = 32
 # LangChain tags a child with its place: a sequence's step, a graph's step, a branch after its conditions.
 _STEP = re.compile(r"(?:seq|graph):step:(\d+)")
+# All branches of a parallel step share one place, so none comes before another.
 _PARALLEL = -1
 
 # Where a run stands: (run id, place in its parent); the place is None when the parent gives no order.
@@ -106,7 +107,7 @@ class QuestionRecorder(BaseCallbackHandler):
     def on_chain_error(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> None:
         """Forget the run; what its models said never reached the chain around it."""
         run = self._runs.pop(run_id, None)
-        for ask in run.asks if run else ():
+        for ask in tuple(run.asks) if run else ():
             ask.failed = True
 
     def on_chat_model_start(
@@ -204,7 +205,8 @@ def _search(
     keys = (question_key,) if question_key else _KEYS
     run = parent
     while run is not None:
-        upstream = [ask for ask in run.asks if not ask.failed and _is_upstream(ask.lineage, own)]
+        # A copy: branches in other threads may be starting models just now.
+        upstream = [ask for ask in tuple(run.asks) if not ask.failed and _is_upstream(ask.lineage, own)]
         if upstream:
             if text := _chain_question(run.inputs, keys, bare=True):
                 return text, 1
@@ -243,7 +245,7 @@ def _asked(upstream: list[_Ask], message_id: str | None) -> set[str]:
 
 def _is_upstream(asked: Iterable[_Position], own: Iterable[_Position]) -> bool:
     places = _parting(asked, own)
-    if places is None or _PARALLEL in places:
+    if places is None:
         return False
     before, after = places
     return before is None or after is None or before < after
@@ -251,7 +253,7 @@ def _is_upstream(asked: Iterable[_Position], own: Iterable[_Position]) -> bool:
 
 def _is_later(ask: _Ask, than: _Ask) -> bool:
     places = _parting(ask.lineage, than.lineage)
-    if places is None or None in places or _PARALLEL in places:
+    if places is None:
         return False
     later, earlier = places
     return later is not None and earlier is not None and later > earlier

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias
 from uuid import UUID
@@ -15,6 +15,7 @@ from langchain_core.runnables import RunnableConfig, RunnableSerializable
 from pydantic import ConfigDict, Field
 
 from aligner_integrations.aligner import Aligner
+from aligner_integrations.correction import Segment
 from aligner_integrations.langchain.messages import (
     AnswerStream,
     MappingStream,
@@ -25,6 +26,7 @@ from aligner_integrations.langchain.messages import (
     slices,
 )
 from aligner_integrations.langchain.question import find_question, question_text
+from aligner_integrations.langchain.sources import AsyncSource, Source, aclose, close
 from aligner_integrations.resilience import WITHHELD_TEXT, OnError
 from aligner_integrations.stream import StreamCorrector
 
@@ -64,6 +66,8 @@ class AlignerRunnable(RunnableSerializable[Answer, Answer]):
         withheld_text: Stands for a sentence that was withheld.
         feedback: Tells the aligner what to look for; can be a configurable field.
         edit_margin: Overrides the model's own margin, in logits; can be a configurable field.
+        sink: Called with every segment once it is corrected, for what the corrected text does not
+            say: edits, findings, stats. In async runs it is called in a worker thread.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -74,6 +78,7 @@ class AlignerRunnable(RunnableSerializable[Answer, Answer]):
     withheld_text: str = WITHHELD_TEXT
     feedback: str = ""
     edit_margin: float | None = Field(default=None, ge=0.0)
+    sink: Callable[[Segment], None] | None = Field(default=None, exclude=True)
 
     def __init__(
         self,
@@ -84,6 +89,7 @@ class AlignerRunnable(RunnableSerializable[Answer, Answer]):
         withheld_text: str = WITHHELD_TEXT,
         feedback: str = "",
         edit_margin: float | None = None,
+        sink: Callable[[Segment], None] | None = None,
         name: str | None = None,
     ) -> None:
         if aligner is not None and not isinstance(aligner, Aligner):
@@ -99,6 +105,7 @@ class AlignerRunnable(RunnableSerializable[Answer, Answer]):
             withheld_text=withheld_text,
             feedback=feedback,
             edit_margin=edit_margin,
+            sink=sink,
             name=name,
         )
 
@@ -146,7 +153,7 @@ class AlignerRunnable(RunnableSerializable[Answer, Answer]):
 
         Closing the iterator closes `input`, if that is a generator.
         """
-        source = _Source(input)
+        source = Source(input)
         parts = self._transform_stream_with_config(source, self._transform, config)
         try:
             # Not `yield from`: on an early close langchain-core would first read the input to its end
@@ -155,19 +162,19 @@ class AlignerRunnable(RunnableSerializable[Answer, Answer]):
                 yield part
         finally:
             source.close()
-            _close(parts)
+            close(parts)
 
     async def atransform(
         self, input: AsyncIterator[Answer], config: RunnableConfig | None = None, **kwargs: Any
     ) -> AsyncIterator[Answer]:
         """Correct an answer while it comes; the corrections run in threads."""
-        source = _AsyncSource(input)
+        source = AsyncSource(input)
         parts = self._atransform_stream_with_config(source, self._atransform, config)
         try:
             async for part in parts:
                 yield part
         finally:
-            await _aclose(parts)
+            await aclose(parts)
             await source.aclose()
 
     @property
@@ -285,52 +292,8 @@ class _Session:
             feedback=runnable.feedback,
             on_error=runnable.on_error,
             withheld_text=runnable.withheld_text,
+            sink=runnable.sink,
         )
-
-
-class _Source(Iterator[Answer]):
-    """An iterator that can be ended from outside; it closes the one beneath."""
-
-    def __init__(self, beneath: Iterator[Answer]) -> None:
-        self._beneath: Iterator[Answer] | None = beneath
-
-    def __next__(self) -> Answer:
-        if self._beneath is None:
-            raise StopIteration
-        return next(self._beneath)
-
-    def close(self) -> None:
-        beneath, self._beneath = self._beneath, None
-        _close(beneath)
-
-
-class _AsyncSource(AsyncIterator[Answer]):
-    """An iterator that is closed once, however many hands close it.
-
-    langchain-core reads it through a tee whose branches close it too, some when they are collected.
-    """
-
-    def __init__(self, beneath: AsyncIterator[Answer]) -> None:
-        self._beneath: AsyncIterator[Answer] | None = beneath
-
-    async def __anext__(self) -> Answer:
-        if self._beneath is None:
-            raise StopAsyncIteration
-        return await anext(self._beneath)
-
-    async def aclose(self) -> None:
-        beneath, self._beneath = self._beneath, None
-        await _aclose(beneath)
-
-
-def _close(iterator: object) -> None:
-    if (close := getattr(iterator, "close", None)) is not None:
-        close()
-
-
-async def _aclose(iterator: object) -> None:
-    if (aclose := getattr(iterator, "aclose", None)) is not None:
-        await aclose()
 
 
 def _check(answer: object, key: str) -> None:

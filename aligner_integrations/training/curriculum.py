@@ -68,11 +68,22 @@ class Curriculum:
         self._equals = frozenset((tokenizer.token_to_id("="), tokenizer.token_to_id("\u0120=")))
         self._makers: dict[str, Callable[[random.Random], Example]] = {
             "copy-few": lambda rng: self._random_copy(rng, pool=256, longest=24, noise=0),
-            "copy-more": lambda rng: self._random_copy(rng, pool=2 ** rng.randint(8, 13), longest=48, noise=0),
+            "copy-more": lambda rng: self._random_copy(
+                rng, pool=2 ** rng.randint(8, 13), longest=48, noise=0
+            ),
             "copy-all": lambda rng: self._random_copy(rng, pool=self._vocabulary, longest=60, noise=20),
             "copy-text": self._copy_text,
             "fresh-sum": self._fresh_sum,
         }
+
+    def check(self, stage: Stage) -> None:
+        """Raise a ValueError if the stage names a task that has neither rows nor a generator."""
+        known = sorted({*self._makers, *self._rows})
+        unknown = sorted(set(stage.mixture) - set(known))
+        if unknown:
+            raise ValueError(
+                f"stage {stage.name!r}: no rows for {', '.join(unknown)}; tasks: {', '.join(known)}"
+            )
 
     def pool(self, stage: Stage, number: int, *, tokens: int) -> list[Example]:
         """Return the examples of pool `number` of `stage`, about `tokens` long in all."""
@@ -182,7 +193,9 @@ def _written_weights(source: list[int], written: list[int], weights: Weights) ->
     return result
 
 
-def make_batches(examples: list[Example], *, buckets: list[int], tokens: int, seed: str) -> Iterator[list[Example]]:
+def make_batches(
+    examples: list[Example], *, buckets: list[int], tokens: int, seed: str
+) -> Iterator[list[Example]]:
     """Group examples of like length, `tokens` padded tokens a batch at most, in random order."""
     batches: list[list[Example]] = []
     shelves: dict[int, list[Example]] = {bucket: [] for bucket in buckets}

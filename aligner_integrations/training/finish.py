@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,6 @@ _CONFIG = AlignerConfig(
     template="tiny",
     granularity="sentence",
     keep_token="<|keep|>",
-    max_length=1024,
     languages=("en",),
     licence="Apache-2.0",
     description="Sentence-level aligner, Llama architecture, trained from scratch; decides, then acts.",
@@ -28,7 +28,9 @@ _CONFIG = AlignerConfig(
 
 def finish(checkpoint: Path, folder: Path, *, data: Path, rows_a_task: int = 600) -> Report:
     """Export `checkpoint` to `folder`, measure it on held-out rows and set its edit margin."""
-    export_checkpoint(checkpoint, folder, config=_CONFIG, dtype="int8")
+    said = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    config = replace(_CONFIG, max_length=said["max_position_embeddings"])
+    export_checkpoint(checkpoint, folder, config=config, dtype="int8")
     report = evaluate(Aligner.from_pretrained(folder), data, rows_a_task=rows_a_task)
-    write_config(replace(_CONFIG, edit_margin=report.best_margin()), folder)
+    write_config(replace(config, edit_margin=report.best_margin()), folder)
     return report

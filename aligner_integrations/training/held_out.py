@@ -35,7 +35,11 @@ def held_out_figures(
 
 def _score(model: LlamaForCausalLM, tokenizer: Tokenizer, row: Row, device: str) -> float:
     """Best other logit minus the keep token's: above the margin the sentence is changed."""
-    encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids  # noqa: E731
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
     ids = [QUESTION, *encode(row.question), PREFIX, *encode(row.prefix), SENTENCE, *encode(row.sentence)]
     logits = model(torch.tensor([[*ids, CORRECTION]], device=device)[:, -1000:]).logits[0, -1].clone()
     keep = float(logits[KEEP])

@@ -8,8 +8,10 @@ trained like everything else.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 _SHARPNESS = 4.0  # of the look at the token before
@@ -26,7 +28,7 @@ def set_up_copying(model: LlamaForCausalLM) -> None:
     """
     size = model.config.hidden_size
     head = size // model.config.num_attention_heads
-    spread = float(model.get_input_embeddings().weight.std())
+    spread = float(cast(nn.Embedding, model.get_input_embeddings()).weight.std())
     identity = _orthonormal(head, size)
     moved = _orthonormal(head, size)
     _look_back(model, head)
@@ -58,4 +60,5 @@ def _look_back(model: LlamaForCausalLM, head: int) -> None:
 
 
 def _orthonormal(rows: int, columns: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(columns, rows))[0].T
+    columns_of_unit: Tensor = torch.linalg.qr(torch.randn(columns, rows))[0]
+    return columns_of_unit.T

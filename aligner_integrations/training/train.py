@@ -12,7 +12,7 @@ import random
 import time
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from aligner_integrations.training.vocabulary import train_tokenizer
 
 logger = logging.getLogger(__name__)
 _POOL_TOKENS = 100_000
+_MODEL_ENTRIES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+_OPTIMIZER_ENTRIES = {"rate", "weight_decay", "warmup_steps", "decay_share"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +65,29 @@ class Recipe:
             raw: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
             raw["weights"] = Weights(**raw["weights"])
             raw["stages"] = [Stage(**stage) for stage in raw["stages"]]
-            return cls(**raw)
-        except (KeyError, TypeError, tomllib.TOMLDecodeError) as error:
-            raise ValueError(f"recipe {path} is not complete: {error}") from error
+            recipe = cls(**raw)
+            faults = list(_faults(recipe))
+        except KeyError as error:
+            raise ValueError(f"recipe {path} lacks {error}") from error
+        except (TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"recipe {path} cannot be read: {error}") from error
+        if faults:
+            raise ValueError(f"recipe {path}: {'; '.join(faults)}")
+        return recipe
+
+
+def _faults(recipe: Recipe) -> Iterator[str]:
+    """Say what would stop a run only after it has begun."""
+    for section, needed in (("model", _MODEL_ENTRIES), ("optimizer", _OPTIMIZER_ENTRIES)):
+        if missing := sorted(needed - getattr(recipe, section).keys()):
+            yield f"[{section}] lacks {', '.join(missing)}"
+    if not recipe.stages:
+        yield "there are no stages"
+    if list(recipe.buckets) != sorted(recipe.buckets) or max(recipe.buckets, default=0) < recipe.max_length:
+        yield f"buckets must rise up to max_length ({recipe.max_length}), got {recipe.buckets}"
+    for stage in recipe.stages:
+        if stage.tokens < 1 or not sum(stage.mixture.values()) > 0:
+            yield f"stage {stage.name!r} needs tokens and a mixture with a share above 0"
 
 
 @dataclass(slots=True)
@@ -80,12 +102,21 @@ class Progression:
 
 
 def train(recipe_path: Path, *, data: Path, out: Path, device: str = "cpu", compiled: bool = True) -> Path:
-    """Train by the recipe and return the checkpoint folder, `out/checkpoint`."""
+    """Train by the recipe and return the checkpoint folder, `out/checkpoint`.
+
+    A run that left `out/state.pt` goes on from there, with the data and the weights it would have had.
+
+    Raises:
+        FileNotFoundError: the recipe or a source in the data folder is missing.
+        ValueError: the recipe is wrong, or `out` holds a run by another one.
+    """
     recipe = Recipe.load(recipe_path)
     out.mkdir(parents=True, exist_ok=True)
     rows = load_rows(data)
     tokenizer = _tokenizer(rows, recipe, out)
     curriculum = Curriculum(rows, tokenizer, weights=recipe.weights, max_length=recipe.max_length)
+    for stage in recipe.stages:
+        curriculum.check(stage)
     run = TrainingRun(recipe, out, device=device, compiled=compiled)
     run.resume()
     run.go(curriculum, lambda: held_out_figures(run.model, tokenizer, rows, device=device))
@@ -97,7 +128,7 @@ def _tokenizer(rows: list[Row], recipe: Recipe, out: Path) -> Tokenizer:
     if not path.exists():
         chosen = [row for row in rows if not row.dev]
         random.Random(recipe.seed).shuffle(chosen)
-        texts = itertools.chain.from_iterable((row.question, row.sentence, row.target or "") for row in chosen)
+        texts = itertools.chain.from_iterable((r.question, r.sentence, r.target or "") for r in chosen)
         train_tokenizer(texts, size=recipe.vocabulary).save(str(path))
     return Tokenizer.from_file(str(path))
 
@@ -121,21 +152,24 @@ class TrainingRun:
         )
         self.model = LlamaForCausalLM(config)
         set_up_copying(self.model)
-        self.model.to(device)
+        nn.Module.to(self.model, device)
         self._body: Callable[..., Any] = (
             torch.compile(self.model.model, dynamic=False) if compiled else self.model.model
         )
         self.optimizer = _make_optimizer(self.model, recipe)
         self.progress = Progression()
-        self._log = (out / "log.jsonl").open("a", encoding="utf-8")
 
     def resume(self) -> None:
         """Continue from `state.pt` if the run left one."""
         path = self.out / "state.pt"
         if path.exists():
-            state = torch.load(path, weights_only=True)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            # Onto the CPU first: a run begun on a GPU may go on without one.
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            try:
+                self.model.load_state_dict(state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(f"{path} is of another recipe; choose another folder: {error}") from error
             self.progress = Progression(**state["progress"])
 
     def go(self, curriculum: Curriculum, figures: Callable[[], dict[str, float]]) -> None:
@@ -150,7 +184,8 @@ class TrainingRun:
                 self.progress.pool += 1
                 mean = sum(losses) / len(losses)
                 self._record(stage.name, mean)
-                bar.update(shown, completed=self.progress.tokens, description=f"{stage.name} {losses[-1]:.3f}")
+                said = f"{stage.name} {losses[-1]:.3f}"
+                bar.update(shown, completed=self.progress.tokens, description=said)
                 if self.progress.stage_tokens >= stage.tokens or mean < stage.until:
                     self.progress.stage += 1
                     self.progress.stage_tokens = self.progress.pool = 0
@@ -184,7 +219,7 @@ class TrainingRun:
             ids[row, : len(example.ids)] = torch.tensor(example.ids)
             weights[row, : len(example.ids)] = torch.tensor(example.weights)
         loss = self._loss(ids.to(self.device), weights.to(self.device))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate()
@@ -218,20 +253,24 @@ class TrainingRun:
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "progress": {name: getattr(self.progress, name) for name in Progression.__slots__},
+            "progress": {entry.name: getattr(self.progress, entry.name) for entry in fields(Progression)},
         }
         torch.save(state, self.out / "state.tmp")
         (self.out / "state.tmp").replace(self.out / "state.pt")
 
     def _record(self, stage: str, loss: float, **figures: float) -> None:
-        entry = {"stage": stage, "step": self.progress.step, "tokens": self.progress.tokens, "loss": round(loss, 4)}
-        self._log.write(json.dumps({**entry, **figures, "time": round(time.time())}) + "\n")
-        self._log.flush()
+        progress = self.progress
+        entry = {"stage": stage, "step": progress.step, "tokens": progress.tokens, "loss": round(loss, 4)}
+        with (self.out / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps({**entry, **figures, "time": round(time.time())}) + "\n")
 
 
 def _make_optimizer(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
     settings = recipe.optimizer
-    groups = [{"params": matrices, "weight_decay": settings["weight_decay"]}, {"params": others}]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": settings["weight_decay"]},
+        {"params": others},
+    ]
     return torch.optim.AdamW(groups, lr=settings["rate"], betas=(0.9, 0.98), weight_decay=0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from langchain_core.runnables import Runnable, RunnableLambda, RunnableParallel,
 
 from aligner_integrations.errors import QuestionNotFoundError
 from aligner_integrations.langchain import AlignerRunnable
-from aligner_integrations.langchain.question import QuestionRecorder, recorder
+from aligner_integrations.langchain.question import QuestionRecorder, find_question, recorder
 from tests.langchain.forms import FORMS, ask, model, run, tell, text_of
 
 
@@ -156,3 +157,28 @@ def test_a_model_in_a_parallel_branch_is_not_upstream(kind: str) -> None:
 def test_two_models_are_no_ground_for_a_guess() -> None:
     with pytest.raises(QuestionNotFoundError, match="2 models upstream were asked different things"):
         two_models(lambda message: message.text).invoke({"topic": "bears"})
+
+
+def test_looking_up_while_other_branches_start_models() -> None:
+    run_id, own, stop = uuid4(), uuid4(), threading.Event()
+    recorder.on_chain_start({}, "", run_id=run_id)
+
+    def keep_asking() -> None:
+        while not stop.is_set():
+            recorder.on_llm_start({}, ["What of bears?"], run_id=uuid4(), parent_run_id=run_id)
+
+    recorder.on_llm_start({}, ["What of bears?"], run_id=uuid4(), parent_run_id=run_id)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    with ThreadPoolExecutor(2) as pool:
+        writers = [pool.submit(keep_asking) for _ in range(2)]
+        try:
+            for _ in range(300):
+                found = find_question("", run_id=own, parent_run_id=run_id, tags=(), config={})
+                assert found == "What of bears?"
+        finally:
+            stop.set()
+            sys.setswitchinterval(interval)
+    for writer in writers:
+        writer.result()
+    recorder.on_chain_end("", run_id=run_id)

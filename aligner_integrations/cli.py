@@ -1,0 +1,280 @@
+"""The `aligner` command: arguments in, one call per sub-command.
+
+Exit status: 0 well, 1 failed, 2 bad usage. An error is one line on standard error. On a terminal
+what changed is struck and inserted in colour; piped, the output is the corrected text alone.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from aligner_integrations import Aligner, Correction, DecodeConfig, Edit, Segment
+from aligner_integrations.errors import AlignerError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from aligner_integrations.evaluation.figures import Report
+
+app = typer.Typer(
+    name="aligner",
+    help="Correct answers with an aligner: finished ones, and ones that are still coming.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+# typer carries its own copy of click; this is the UsageError of whichever copy is in use.
+_UsageError = cast(type[typer.BadParameter], typer.BadParameter.__base__)
+
+QuestionOption = Annotated[str, typer.Option("--question", "-q", help="What was asked.")]
+ModelOption = Annotated[str | None, typer.Option("--model", help="Model folder; else the bundled model.")]
+MarginOption = Annotated[
+    float | None,
+    typer.Option("--edit-margin", min=0.0, help="How sure (in logits) the model must be before it edits."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+DataOption = Annotated[
+    Path, typer.Option("--data", exists=True, file_okay=False, help="Folder with the Q-A-C data.")
+]
+
+_BUNDLED = Path(__file__).parent / "models" / "tiny"
+# What each extra brings: only these, when missing, mean that the extra is not installed.
+_EXTRA_PACKAGES = {
+    "train": ("torch", "transformers", "onnx", "optimum", "onnxruntime"),
+    "eval": ("onnxruntime",),
+}
+
+
+def marked(original: str, edits: Sequence[Edit], *, plain: bool = False) -> Text:
+    """Return `original` with its edits shown.
+
+    What goes is struck in red and what comes is underlined in green; with `plain`, where there is
+    no colour, it reads ~~what goes~~ **what comes**.
+    """
+    text, position = Text(), 0
+    for edit in edits:
+        text.append(original[position : edit.start])
+        for part, mark, style in (
+            (original[edit.start : edit.end], "~~", "red strike"),
+            (edit.replacement, "**", "green underline"),
+        ):
+            if part:
+                text.append(f"{mark}{part}{mark}" if plain else part, style=style)
+        position = edit.end
+    return text.append(original[position:])
+
+
+@app.command()
+def correct(
+    question: QuestionOption,
+    answer: Annotated[str, typer.Option("--answer", "-a", help="The answer to correct.")],
+    feedback: Annotated[str, typer.Option("--feedback", help="An instruction for the correction.")] = "",
+    as_json: JsonOption = False,
+    model: ModelOption = None,
+    edit_margin: MarginOption = None,
+) -> None:
+    """Correct a finished answer."""
+    correction = _load(model, edit_margin).correct(question, answer, feedback=feedback)
+    if as_json:
+        typer.echo(json.dumps(_as_record(correction), ensure_ascii=False))
+        return
+    _show(correction.answer, correction)
+    typer.echo()
+
+
+@app.command()
+def stream(
+    question: QuestionOption,
+    model: ModelOption = None,
+    edit_margin: MarginOption = None,
+) -> None:
+    """Correct an answer that comes in on standard input; corrected text goes out as it comes."""
+    for segment in _load(model, edit_margin).correct_stream(question, _read_chunks()):
+        _show(segment.original, segment)
+
+
+@app.command()
+def doctor(model: ModelOption = None, as_json: JsonOption = False) -> None:
+    """Say what is installed and which providers really load, and correct one sentence as a check."""
+    from aligner_integrations.doctor import examine
+
+    report, failure = examine(model)
+    if as_json:
+        typer.echo(json.dumps(report, ensure_ascii=False))
+    else:
+        _show_report(report)
+    if failure is not None:
+        raise failure
+
+
+@app.command()
+def bench(
+    model: ModelOption = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=2, help="Rounds; ratios are of medians.")] = 20,
+    provider: Annotated[str, typer.Option("--provider", help="auto, tensorrt, cuda or cpu.")] = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Time guided decoding beside plain greedy decoding and one prefill, on the same session."""
+    from aligner_integrations.evaluation.bench import run_bench
+
+    report = run_bench(model or _BUNDLED, rounds=rounds, provider=provider)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict()))
+        return
+    timings = {
+        timing.name: f"{timing.median * 1000:.2f} ms ({timing.p5 * 1000:.2f} to {timing.p95 * 1000:.2f}), "
+        f"{timing.forwards} forward(s), {timing.new_tokens} token(s)"
+        for timing in report.timings
+    }
+    ratios = {
+        ratio.name: f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+        + ("" if ratio.goal is None else f", asked: {'>=' if ratio.at_least else '<='} {ratio.goal:g}")
+        for ratio in report.ratios
+    }
+    setting = {name: str(value) for name, value in report.setting.items()}
+    _show_report({"setting": setting, "time (p5 to p95)": timings, "ratio (95 % interval)": ratios})
+
+
+@app.command(name="train")
+def train_model(
+    recipe: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The recipe, a TOML file.")],
+    data: DataOption,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the run, its checkpoint and its model.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Train an aligner by a recipe, export it to OUT/model and print its figures."""
+    if (out / "state.pt").exists() and not resume:
+        raise FileExistsError(f"{out} holds a run already; add --resume, or choose another --out")
+    with _extra("train"):
+        from aligner_integrations.training.finish import finish
+        from aligner_integrations.training.train import train
+    checkpoint = train(recipe, data=data, out=out, device=device)
+    report = finish(checkpoint, out / "model", data=data)
+    _show_figures(report, report.best_margin(), as_json=False)
+
+
+@app.command(name="eval")
+def evaluate_model(
+    data: DataOption,
+    model: ModelOption = None,
+    edit_margin: MarginOption = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Held-out rows of each task, at most.")] = 600,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a model on held-out rows: each figure beside its target, and the curve over the margin."""
+    with _extra("eval"):
+        from aligner_integrations.evaluation.figures import evaluate
+    aligner = _load(model, edit_margin)
+    report = evaluate(aligner, data, rows_a_task=rows)
+    _show_figures(report, aligner.decode_config.edit_margin, as_json=as_json)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    try:
+        status = app(args=arguments, prog_name="aligner", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except _UsageError as error:
+        # No message means `aligner` alone: the help is on the screen already.
+        message = error.format_message()
+        return _fail(message, status=2) if message else 2
+    except (AlignerError, OSError, TypeError, ValueError) as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader went away (`aligner ... | head`): nothing is left to say, or to flush at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        return _fail(str(error) or type(error).__name__, status=1)
+    except typer.Abort:
+        return _fail("aborted", status=1)
+
+
+def _load(model: str | None, edit_margin: float | None) -> Aligner:
+    decode = None if edit_margin is None else DecodeConfig(edit_margin=edit_margin)
+    return Aligner.from_pretrained(model, decode=decode)
+
+
+def _show(original: str, corrected: Correction | Segment) -> None:
+    console = Console()
+    if console.is_terminal:
+        console.print(marked(original, corrected.edits), end="", soft_wrap=True, highlight=False)
+    else:
+        sys.stdout.write(corrected.text)
+    sys.stdout.flush()
+
+
+def _as_record(correction: Correction) -> dict[str, Any]:
+    return {**dataclasses.asdict(correction), "changed": correction.changed}
+
+
+def _read_chunks() -> Iterator[str]:
+    """Yield standard input as it arrives: what is there now, not what fills a buffer."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    while block := os.read(sys.stdin.fileno(), 65536):
+        yield decoder.decode(block)
+    yield decoder.decode(b"", final=True)
+
+
+@contextlib.contextmanager
+def _extra(name: str) -> Iterator[None]:
+    """Turn an import that fails for want of the extra `name` into an error that names it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRA_PACKAGES[name]:
+            raise  # a broken install must not be called a missing one
+        raise MissingDependencyError(
+            f'{error.name} is not installed; run `pip install "aligner-integrations[{name}]"`',
+            name=error.name,
+        ) from error
+
+
+def _show_figures(report: Report, margin: float, *, as_json: bool) -> None:
+    from aligner_integrations.evaluation.figures import TARGETS
+
+    figures, curve = report.figures(margin), [(at, *report.precision_recall(at)) for at, _ in report.curve()]
+    if as_json:
+        record = {"edit_margin": margin, "rows": report.counts(), "figures": figures, "curve": curve}
+        typer.echo(json.dumps(record))
+        return
+    shown = {name: f"{share:.1%} (target {TARGETS[name]:.0%})" for name, share in figures.items()}
+    points = {f"margin {at:g}": f"{precision:.3f} / {recall:.3f}" for at, precision, recall in curve}
+    _show_report({f"figures at edit margin {margin:g}": shown, "precision / recall of changing": points})
+
+
+def _show_report(report: dict[str, dict[str, str]]) -> None:
+    console = Console()
+    for title, rows in report.items():
+        if console.is_terminal:
+            table = Table(title=title, title_justify="left", show_header=False)
+            for name, value in rows.items():
+                table.add_row(name, value)
+            console.print(table)
+        else:
+            sys.stdout.write("".join(f"{title}\t{name}\t{value}\n" for name, value in rows.items()))
+
+
+def _fail(message: str, *, status: int) -> int:
+    sys.stderr.write(f"aligner: {_one_line(message)}\n")
+    return status
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

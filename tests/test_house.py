@@ -1,0 +1,321 @@
+"""The house guards itself: layout, budgets, import direction, names, and the first impression."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "aligner_integrations"
+NAME = "aligner_integrations"
+SOURCES = sorted(path for path in PACKAGE.rglob("*.py"))
+
+# Lines each file may have; a folder's budget counts for each file in it.
+FILE_BUDGETS = {
+    "__init__.py": 40,
+    "errors.py": 80,
+    "correction.py": 160,
+    "config.py": 150,
+    "template.py": 220,
+    "sentences.py": 400,
+    "tokenizer.py": 200,
+    "draft.py": 200,
+    "decode.py": 350,
+    "safeguards.py": 300,
+    "aligner.py": 360,
+    "stream.py": 350,
+    "resilience.py": 200,
+    "backends/__init__.py": 90,
+    "backends/base.py": 120,
+    "backends/providers.py": 250,
+    "backends/onnx.py": 400,
+    "backends/torch.py": 250,
+    "export.py": 300,
+    "cli.py": 300,
+    "doctor.py": 120,
+    "testing.py": 150,
+    "langchain/": 350,
+    "llama_index/": 350,
+    "training/": 350,
+    "evaluation/": 350,
+}
+FUNCTION_BUDGET = 60
+LIBRARY_BUDGET = 6000
+NOT_THE_LIBRARY_PROPER = ("training/", "evaluation/", "cli.py", "doctor.py", "testing.py")
+
+# Which way imports point: a file imports from its own floor or below.
+FLOORS = {
+    0: ("errors", "correction", "config", "template", "sentences", "safeguards"),
+    1: ("decode", "draft", "tokenizer", "backends.base", "resilience"),
+    2: ("backends", "backends.onnx", "backends.torch", "backends.providers", "testing"),
+    3: ("aligner", "stream", ""),
+    4: ("langchain", "llama_index"),
+    5: ("cli", "doctor", "training", "evaluation", "export"),
+}
+# `testing` stands on floor 2 so that nothing below may lean on it; the doubles it builds are whole
+# aligners, so its own imports reach one floor up.
+REACHES_UP = {("testing", "aligner")}
+
+CORE_NEEDS = {"numpy", "tokenizers", "sentencex", "huggingface_hub"}
+# Third parties, and the only places that may import them.
+OWNERS = {
+    "langchain_core": ("langchain/",),
+    "langchain": ("langchain/middleware.py",),
+    "langgraph": ("langchain/middleware.py",),
+    "llama_index": ("llama_index/",),
+    "onnxruntime": ("backends/onnx.py", "evaluation/"),
+    "onnx": ("export.py", "training/", "evaluation/"),
+    "optimum": ("export.py",),
+    "torch": ("backends/torch.py", "export.py", "training/", "evaluation/"),
+    "safetensors": ("backends/torch.py", "export.py", "training/"),
+    "transformers": ("backends/torch.py", "export.py", "training/", "evaluation/"),
+    "typer": ("cli.py",),
+    "rich": ("cli.py", "training/", "evaluation/"),
+    "pydantic": ("langchain/", "llama_index/"),
+}
+HIDING_NAMES = re.compile(r"(^|_)(utils?|helpers?|manager)(_|$)|^(process|handle_data)$|^do_")
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def module_of(path: Path) -> str:
+    """`backends/onnx.py` -> `backends.onnx`; a package's own file is the package."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def floor_of(module: str) -> int:
+    """The floor of the longest known name that `module` is, or lies in."""
+    known = {name: floor for floor, names in FLOORS.items() for name in names}
+    while module not in known:
+        assert module, "a module without a floor"
+        module = module.rpartition(".")[0]
+    return known[module]
+
+
+def is_in(name: str, places: tuple[str, ...]) -> bool:
+    return any(name.startswith(place) if place.endswith("/") else name == place for place in places)
+
+
+def imports_of(path: Path) -> list[tuple[str, bool]]:
+    """Every import in `path` as (absolute dotted name, is it at module level)."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    typing_only = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for child in ast.walk(node)
+    }
+    top = {id(node) for node in tree.body}
+    found: list[tuple[str, bool]] = []
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide which way they point"
+            base = node.module or ""
+            for alias in node.names:
+                # `from package import module` imports the module, not a name of the package.
+                inner = f"{base}.{alias.name}"
+                source = ROOT / inner.replace(".", "/")
+                is_module = source.with_suffix(".py").exists() or (source / "__init__.py").exists()
+                found.append((inner if is_module else base, id(node) in top))
+    return found
+
+
+def test_every_file_has_a_place_and_a_floor() -> None:
+    strays = [relative(p) for p in SOURCES if not is_in(relative(p), tuple(FILE_BUDGETS))]
+    assert strays == []
+    for path in SOURCES:
+        floor_of(module_of(path))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_file_and_function_budgets(path: Path) -> None:
+    name, source = relative(path), path.read_text(encoding="utf-8")
+    budget = next(FILE_BUDGETS[place] for place in FILE_BUDGETS if is_in(name, (place,)))
+    assert len(source.splitlines()) <= budget, f"{name} is over its {budget} lines"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            length = node.end_lineno - node.lineno + 1
+            assert length <= FUNCTION_BUDGET, f"{name}: {node.name} has {length} lines"
+
+
+def test_library_stays_small() -> None:
+    lines = sum(
+        len(path.read_text(encoding="utf-8").splitlines())
+        for path in SOURCES
+        if not is_in(relative(path), NOT_THE_LIBRARY_PROPER)
+    )
+    assert lines < LIBRARY_BUDGET
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_imports_point_down(path: Path) -> None:
+    here = module_of(path)
+    for target, _ in imports_of(path):
+        if target.split(".")[0] != NAME:
+            continue
+        there = target.removeprefix(NAME).removeprefix(".")
+        allowed = (here, there) in REACHES_UP or floor_of(there) <= floor_of(here)
+        assert allowed, f"floor {floor_of(here)}: {relative(path)} imports floor {floor_of(there)}: {target}"
+        if here.split(".")[0] in ("langchain", "llama_index"):
+            assert not there.startswith(("backends", "decode", "draft")), f"{relative(path)} imports {target}"
+    if here == "errors":
+        assert all(target.split(".")[0] != NAME for target, _ in imports_of(path))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_third_parties_stay_in_their_rooms(path: Path) -> None:
+    for target, _ in imports_of(path):
+        root = target.split(".")[0]
+        if root == NAME or root in sys.stdlib_module_names or root in CORE_NEEDS:
+            continue
+        assert is_in(relative(path), OWNERS.get(root, ())), f"{relative(path)} imports {target}"
+
+
+def test_no_circles() -> None:
+    graph = {
+        module_of(path): {
+            target.removeprefix(NAME).removeprefix(".")
+            for target, at_top in imports_of(path)
+            if at_top and target.split(".")[0] == NAME
+        }
+        for path in SOURCES
+    }
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, " -> ".join((*trail, module))
+        if module not in done:
+            for target in graph.get(module, set()):
+                visit(target, (*trail, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_no_name_hides_its_subject(path: Path) -> None:
+    names = [path.stem]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.append(node.name.lower())
+    assert [name for name in names if HIDING_NAMES.search(name)] == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_no_surprises_on_import(path: Path) -> None:
+    """The library proper prints nothing and reads or sets neither environment nor warning filters."""
+    if is_in(relative(path), ("cli.py", "export.py", "training/", "evaluation/")):
+        return
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in ("print", "warnings.filterwarnings", "warnings.simplefilter")
+        if isinstance(node, ast.Attribute):
+            assert ast.unparse(node) not in ("os.environ", "os.getenv", "os.putenv"), relative(path)
+
+
+def test_no_prompt_text_outside_template() -> None:
+    frame = re.compile(
+        r"BEGINNING OF CONVERSATION|##(Question|Answer|Correction|Revision|Your_Revision)|\[INST\]"
+        r"|<\|(question|prefix|sentence|correction|feedback|start_header_id|im_start)\|>|<start_of_turn>"
+    )
+    for path in SOURCES:
+        if relative(path) == "template.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not frame.search(node.value), f"{relative(path)}:{node.lineno} holds prompt text"
+
+
+def public_modules() -> list[str]:
+    """The modules whose names users import: the core, the adapters, the doubles, the checks."""
+    names = ["", "langchain", "llama_index", "errors", "safeguards", "testing"]
+    return [
+        f"{NAME}.{name}".rstrip(".")
+        for name in names
+        if (PACKAGE / f"{name}.py").exists() or (PACKAGE / name / "__init__.py").exists()
+    ]
+
+
+@pytest.mark.parametrize("name", public_modules())
+def test_all_is_sorted_and_true(name: str) -> None:
+    module = importlib.import_module(name)
+    exported: list[str] | None = getattr(module, "__all__", None)
+    if exported is None:
+        assert not (module.__file__ or "").endswith("__init__.py"), f"{name} needs __all__"
+        return
+    assert exported == sorted(exported)
+    assert len(set(exported)) == len(exported)
+    for item in exported:
+        assert hasattr(module, item), f"{name}.__all__ names {item}, which does not exist"
+
+
+def test_core_all_is_complete() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    imported = {
+        alias.asname or alias.name
+        for node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.module != "__future__"
+        for alias in node.names
+    }
+    core = importlib.import_module(NAME)
+    assert imported | {"__version__"} == set(core.__all__) | {"__version__"}
+    contract = {"Aligner", "Correction", "DecodeConfig", "Edit", "Segment", "StreamCorrector"}
+    assert contract <= set(core.__all__)
+
+
+def test_changelog_and_version_agree() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.search(r"^## \[(\d[^\]]*)\]", changelog, re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == importlib.import_module(NAME).__version__
+
+
+def test_package_is_typed_and_carries_its_model() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+    said = json.loads((PACKAGE / "models" / "tiny" / "aligner.json").read_text(encoding="utf-8"))
+    assert said["template"] == "tiny"
+
+
+def test_no_machine_paths_in_the_tree() -> None:
+    """Text speaks of the project alone: no folder of the machine it was written on."""
+    machine = re.compile(r"(?<![\w.])/(?:work|root|home/\w+|Users/\w+)/")
+    texts = [*SOURCES, *ROOT.glob("*.*"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "tests").rglob("*.py")]
+    texts += [*(ROOT / "examples").rglob("*.*"), ROOT / "Makefile"]
+    for path in texts:
+        if path.is_file() and path != Path(__file__).resolve():
+            assert not machine.search(path.read_text(encoding="utf-8")), path.relative_to(ROOT)
+
+
+LOADED = """
+import json, sys
+import aligner_integrations
+print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})))
+"""
+
+
+def test_import_loads_nothing_heavy() -> None:
+    """`import aligner_integrations` loads no framework, no network and no command line."""
+    result = subprocess.run(
+        [sys.executable, "-c", LOADED], cwd=ROOT, check=True, capture_output=True, text=True, timeout=120
+    )
+    loaded = set(json.loads(result.stdout))
+    heavy = {"torch", "onnxruntime", "onnx", "transformers", "langchain_core", "langchain", "langgraph"}
+    heavy |= {"llama_index", "typer", "rich", "pydantic"}
+    assert loaded & heavy == set()
+    assert NAME in loaded
