@@ -34,7 +34,8 @@ _PARITY_PROMPTS = 20
 # Below this share of equal next tokens the graph is not the checkpoint's; rounding costs far less.
 _LEAST_AGREEMENT = 0.5
 _EXPORTER_WARNINGS: tuple[tuple[type[Warning], str], ...] = (
-    (torch.jit.TracerWarning, ""),
+    (Warning, "Converting a tensor to a Python"),
+    (Warning, "torch.tensor results are registered as constants"),
     (DeprecationWarning, "You are using the legacy TorchScript-based ONNX export"),
     (DeprecationWarning, "The feature will be removed"),
     (UserWarning, "Exporting aten::index operator of advanced indexing"),
@@ -46,8 +47,8 @@ def export_checkpoint(
 ) -> float:
     """Export `checkpoint` to the model folder `out` and return the share of equal next tokens.
 
-    `dtype="int8"` stores each matrix as int8 with one scale a column; the runtime unfolds it to
-    fp32 once, while loading, so it computes in fp32 and block and single steps agree.
+    `dtype="int8"` stores each matrix as int8 with one scale a row or column; the runtime unfolds it
+    to fp32 once, while loading, so it computes in fp32 and block and single steps agree.
 
     Raises:
         ModelLoadError: the checkpoint is missing, or the exported graph does not follow it.

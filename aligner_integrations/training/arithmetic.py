@@ -10,7 +10,12 @@ import random
 import re
 from dataclasses import dataclass
 
-_SUM = re.compile(r"(?<![\d.,])(\d{1,6})(\s*)([-+*/x×÷])(\s*\$?)(\d{1,6})(\s*=\s*\$?)(\d{1,7})(?![\d,]|\.\d)")
+# Up to three words (units) may stand behind an operand: "36 inches / 4 = 9 inches".
+_UNITS = r"(?: ?[A-Za-z%]+){0,3}"
+_SUM = re.compile(
+    rf"(?<![\d.,])(\d{{1,6}})({_UNITS}\s*)([-+*/x×÷])(\s*\$?)(\d{{1,6}})({_UNITS}\s*=\s*\$?)"
+    r"(\d{1,7})(?![\d,]|\.\d)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +54,27 @@ def compute(left: int, operator: str, right: int) -> int | None:
     return left // right if right and left % right == 0 else None
 
 
-def fill_frame(frame: SumFrame, rng: random.Random) -> tuple[str, str]:
-    """Return (right step, wrong step) with fresh operands of about the original's size."""
-    left, right = _draw(frame.left, rng), _draw(frame.right, rng)
-    if frame.operator == "-" and left < right:
-        left, right = right, left
-    if frame.operator in "/÷":
-        right = max(right, 1)
-        left = right * _draw(max(frame.left // max(frame.right, 1), 1), rng)
+def fill_frame(frame: SumFrame, rng: random.Random, *, fresh: bool = True) -> tuple[str, str]:
+    """Return (right step, wrong step): with fresh operands of about the original's size, or its own."""
+    start, result, wrong = fill_sum(frame, rng, fresh=fresh)
+    return f"{start}{result}{frame.after}", f"{start}{wrong}{frame.after}"
+
+
+def fill_sum(frame: SumFrame, rng: random.Random, *, fresh: bool) -> tuple[str, int, int]:
+    """Return the step up to its result, the right result and a wrong one."""
+    left, right = frame.left, frame.right
+    if fresh:
+        left, right = _draw(frame.left, rng), _draw(frame.right, rng)
+        if frame.operator == "-" and left < right:
+            left, right = right, left
+        if frame.operator in "/÷":
+            right = max(right, 1)
+            left = right * _draw(max(frame.left // max(frame.right, 1), 1), rng)
     result = compute(left, frame.operator, right)
     assert result is not None
     gap, joint, equals = frame.joints
     start = f"{frame.before}{left}{gap}{frame.operator}{joint}{right}{equals}"
-    wrong = slip(left, frame.operator, right, result, rng)
-    return f"{start}{result}{frame.after}", f"{start}{wrong}{frame.after}"
+    return start, result, slip(left, frame.operator, right, result, rng)
 
 
 def slip(left: int, operator: str, right: int, result: int, rng: random.Random) -> int:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer
 
-from aligner_integrations.training.arithmetic import SumFrame, fill_frame, find_frame
+from aligner_integrations.training.arithmetic import SumFrame, fill_frame, fill_sum, find_frame
 from aligner_integrations.training.rows import Row
 
 END, KEEP, QUESTION, PREFIX, SENTENCE, CORRECTION = 1, 2, 3, 5, 6, 7
 _FIRST_CONTENT_ID = 8
+_FRESH_SHARE = 0.3  # of generated sums; the others are sums of the data
+_DRILL_SUMS = 9
+_BETWEEN_SUMS = (". ", ", ", "\n", "; ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,8 @@ class Stage:
     """A named stretch of training: how many tokens, and the share of each task.
 
     It ends early once the mean loss of a pool falls below `until`. `batch_tokens` are padded tokens
-    a step: copying is learned in few tokens if there are many steps.
+    a step: copying is learned in few tokens if there are many steps. `reading` weighs predicting a
+    good sentence while it is read.
     """
 
     name: str
@@ -40,15 +44,15 @@ class Stage:
     batch_tokens: int
     mixture: dict[str, float]
     until: float = 0.0
+    reading: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Loss weights: of the first written token, of changed tokens, of reading good sentences."""
+    """Loss weights: of the first written token, and of tokens that differ from the sentence."""
 
     first: float
     changed: float
-    reading: float
 
 
 class Curriculum:
@@ -66,6 +70,7 @@ class Curriculum:
         self._frames = self._make_frames()
         self._digits = frozenset(tokenizer.token_to_id(digit) for digit in "0123456789")
         self._equals = frozenset((tokenizer.token_to_id("="), tokenizer.token_to_id("\u0120=")))
+        self._reading = 0.0
         self._makers: dict[str, Callable[[random.Random], Example]] = {
             "copy-few": lambda rng: self._random_copy(rng, pool=256, longest=24, noise=0),
             "copy-more": lambda rng: self._random_copy(
@@ -74,6 +79,8 @@ class Curriculum:
             "copy-all": lambda rng: self._random_copy(rng, pool=self._vocabulary, longest=60, noise=20),
             "copy-text": self._copy_text,
             "fresh-sum": self._fresh_sum,
+            "bare-sum": self._bare_sum,
+            "sum-drill": self._sum_drill,
         }
 
     def check(self, stage: Stage) -> None:
@@ -88,6 +95,7 @@ class Curriculum:
     def pool(self, stage: Stage, number: int, *, tokens: int) -> list[Example]:
         """Return the examples of pool `number` of `stage`, about `tokens` long in all."""
         rng = random.Random(f"{stage.name}/{number}")
+        self._reading = stage.reading
         tasks, shares = list(stage.mixture), list(stage.mixture.values())
         examples: list[Example] = []
         while tokens > 0:
@@ -119,7 +127,7 @@ class Curriculum:
         """Good sentences are also predicted while they are read, the digits of results in earnest."""
         if target is not None:
             return [0.0] * len(source)
-        weights = [self._weights.reading] * len(source)
+        weights = [self._reading] * len(source)
         equals = next((i for i, token in enumerate(source) if token in self._equals), len(source))
         for index in range(equals, len(source)):
             if source[index] in self._digits:
@@ -143,8 +151,30 @@ class Curriculum:
         chosen = rng.choices(self._rows["ordinary"], k=rows or rng.randint(1, 3))
         return " ".join(row.sentence for row in chosen)[: 4 * self._max_length // 2]
 
+    def _bare_sum(self, rng: random.Random) -> Example:
+        """A sum without its words: more sums a token."""
+        frame = rng.choice(self._frames)
+        after = " ".join(frame.after.split(" ")[: rng.randint(0, 2)])
+        return self._sum(replace(frame, before="", after=after), rng)
+
+    def _sum_drill(self, rng: random.Random) -> Example:
+        """Right sums in a row; only their results are predicted. Most sums of the data are few facts."""
+        ids, weights = [QUESTION, PREFIX, SENTENCE], [0.0, 0.0, 0.0]
+        for _ in range(_DRILL_SUMS):
+            frame = replace(rng.choice(self._frames), before="")
+            start, result, _ = fill_sum(frame, rng, fresh=rng.random() < _FRESH_SHARE)
+            asked, digits = self._encode(start), self._encode(str(result))
+            ids += [*asked, *digits, *self._encode(rng.choice(_BETWEEN_SUMS))]
+            weights += [0.0] * len(asked) + [1.0] * len(digits)
+            # What follows the result is predicted too: where a number ends is part of it.
+            weights += [1.0] + [0.0] * (len(ids) - len(weights) - 1)
+        return Example(ids, weights)
+
     def _fresh_sum(self, rng: random.Random) -> Example:
-        right, wrong = fill_frame(rng.choice(self._frames), rng)
+        return self._sum(rng.choice(self._frames), rng)
+
+    def _sum(self, frame: SumFrame, rng: random.Random) -> Example:
+        right, wrong = fill_frame(frame, rng, fresh=rng.random() < _FRESH_SHARE)
         if rng.random() < 0.5:
             return self._example("", "", right, None)
         return self._example("", "", wrong, right)

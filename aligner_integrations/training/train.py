@@ -35,7 +35,7 @@ from aligner_integrations.training.rows import Row, load_rows
 from aligner_integrations.training.vocabulary import train_tokenizer
 
 logger = logging.getLogger(__name__)
-_POOL_TOKENS = 100_000
+_POOL_TOKENS = 300_000
 _MODEL_ENTRIES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
 _OPTIMIZER_ENTRIES = {"rate", "weight_decay", "warmup_steps", "decay_share"}
 
@@ -153,9 +153,11 @@ class TrainingRun:
         self.model = LlamaForCausalLM(config)
         set_up_copying(self.model)
         nn.Module.to(self.model, device)
-        self._body: Callable[..., Any] = (
-            torch.compile(self.model.model, dynamic=False) if compiled else self.model.model
-        )
+        self._body: Callable[..., Any] = self.model.model
+        if compiled:
+            # One graph a bucket, and one more each for measuring; the default limit gives up after eight.
+            torch._dynamo.config.recompile_limit = 4 * len(recipe.buckets)
+            self._body = torch.compile(self.model.model, dynamic=False)
         self.optimizer = _make_optimizer(self.model, recipe)
         self.progress = Progression()
 
