@@ -167,7 +167,7 @@ class Aligner:
         decoded = self.run(prompt, reference, min(self.decode_config.max_new_tokens or room, room))
         lead, _, tail = answer.partition(core)
         # Published aligners rewrite freely, so being far from the original is no harm in itself.
-        policy = SafeguardPolicy(min_similarity=0.0)
+        policy = SafeguardPolicy(min_similarity=0.0, max_changed_numbers=None)
         return self.finish(question, (lead, core, tail), reference, decoded, policy)
 
     def correct_sentence(

@@ -22,13 +22,15 @@ class SafeguardPolicy:
     A rewrite passes when it is near the original or a clean refusal. Near means a word-level
     similarity of at least `min_similarity` (0 turns the check off, as for models that rewrite
     freely). `max_growth` is how many times longer than the original it may be, `slack_chars` what is
-    free on top. `allow_empty` lets a sentence be dropped. `special_tokens` are strings that may not
-    appear unless the answer has them.
+    free on top. A rewrite may put `max_changed_numbers` numbers in place of others (`None` turns that
+    check off): recomputing a result changes one. `allow_empty` lets a sentence be dropped.
+    `special_tokens` are strings that may not appear unless the answer has them.
     """
 
     min_similarity: float = 0.5
     max_growth: float = 2.0
     slack_chars: int = 80
+    max_changed_numbers: int | None = 1
     allow_empty: bool = False
     special_tokens: frozenset[str] = frozenset()
 
@@ -59,6 +61,7 @@ _WORD_LOOP = re.compile(r"(?<!\w)(\w+(?:[^\w]+\w+){0,7}?)(?:[^\w]+\1(?!\w)){2,}"
 _LETTER_LOOP = re.compile(r"([^\W\d_])\1{7,}|([^\w\s.\-=*#~+|/\\])\2{7,}")
 # Words, or single characters of scripts that are written without spaces.
 _WORD = re.compile(r"[぀-ヿ㐀-鿿가-힣]|[^\W぀-ヿ㐀-鿿가-힣]+(?:['’]\w+)*")
+_NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 # Past this many words similarity is measured on word counts alone; difflib is quadratic.
 _MAX_ALIGNED_WORDS = 600
 # Repetition is looked for in this much of the end; loops run on to the end.
@@ -179,6 +182,17 @@ def _check_nearness(question: str, answer: str, proposed: str, policy: Safeguard
     )
 
 
+def _check_numbers(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
+    if policy.max_changed_numbers is None or not proposed.strip() or is_refusal(proposed):
+        return None
+    # Distinct ones: a wrong result may stand twice in a sentence, and is mended in both places.
+    old, new = set(_NUMBER.findall(answer)), set(_NUMBER.findall(proposed))
+    changed = max(len(old - new), len(new - old))
+    if changed <= policy.max_changed_numbers:
+        return None
+    return _kept("numbers", f"{changed} numbers differ from the original's")
+
+
 _Check = Callable[[str, str, str, SafeguardPolicy], Finding | None]
 _CHECKS: tuple[_Check, ...] = (
     _check_empty,
@@ -187,6 +201,7 @@ _CHECKS: tuple[_Check, ...] = (
     _check_loop,
     _check_length,
     _check_nearness,
+    _check_numbers,
 )
 
 __all__ = ["SafeguardPolicy", "inspect_correction", "is_kept", "is_refusal", "word_similarity"]

@@ -102,7 +102,8 @@ def test_what_the_answer_already_has_is_no_harm(text: str) -> None:
 def test_the_policy_decides() -> None:
     other = "Something else was said by somebody at some time."
     assert is_kept(inspect_correction("Q", SENTENCE, other))
-    assert inspect_correction("Q", SENTENCE, other, policy=SafeguardPolicy(min_similarity=0.0)) == ()
+    free = SafeguardPolicy(min_similarity=0.0, max_changed_numbers=None)
+    assert inspect_correction("Q", SENTENCE, other, policy=free) == ()
     assert inspect_correction("Q", SENTENCE, "", policy=SafeguardPolicy(allow_empty=True)) == ()
     named = SafeguardPolicy(special_tokens=frozenset({"[SEP]"}))
     assert is_kept(inspect_correction("Q", SENTENCE, SENTENCE + "[SEP]", policy=named))
@@ -135,3 +136,20 @@ def test_hostile_repetition_is_inspected_in_linear_time(unit: str) -> None:
     inspect_correction("Q", "A short answer.", text)
     inspect_correction("Q", text, text + "b")
     assert not is_refusal(text)
+
+
+@pytest.mark.parametrize(
+    ("answer", "proposed", "kept"),
+    [
+        ("They pay 4 x 15 = 65 dollars.", "They pay 4 x 15 = 60 dollars.", False),
+        ("They pay 4 x 15 = 65 dollars.", "They pay 4 x 16 = 60 dollars.", True),
+        ("They pay 4 x 15 = 65 dollars.", "They pay 4 x 15 = 65 dollars and 7 and 8 cents.", True),
+        ("Pay 1,200.50 now, or 7 later.", "Pay 1,200.50 now, or 8 later.", False),
+        ("In 1999, 2000 and 2001 it rained.", "I'm sorry, but I can't help with that.", False),
+    ],
+)
+def test_more_than_one_other_number_is_not_a_correction(answer: str, proposed: str, kept: bool) -> None:
+    findings = inspect_correction("", answer, proposed)
+    assert any(finding.check == "numbers" for finding in findings) is kept
+    free = inspect_correction("", answer, proposed, policy=SafeguardPolicy(max_changed_numbers=None))
+    assert not any(finding.check == "numbers" for finding in free)
