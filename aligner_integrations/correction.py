@@ -104,6 +104,9 @@ class Segment:
 _UNITS = re.compile(r"\w+|\s+|[^\w\s]")
 # difflib is quadratic in the worst case; past this many units one edit spans the difference.
 _MAX_DIFF_UNITS = 1000
+# Where fewer words stay, one edit spans the difference; a few words are always marked one by one.
+_LEAST_SHARED_WORDS = 0.4
+_FEW_WORDS = 4
 
 
 def make_edits(original: str, text: str) -> tuple[Edit, ...]:
@@ -119,11 +122,24 @@ def make_edits(original: str, text: str) -> tuple[Edit, ...]:
         return (Edit(offset, offset + sum(map(len, old)), "".join(new)),)
     offsets = list(accumulate(map(len, old), initial=offset))
     matcher = difflib.SequenceMatcher(a=old, b=new, autojunk=False)
+    if _shared_words(matcher, old, new) < _LEAST_SHARED_WORDS:
+        # Another sentence in its place: marked word by word it could not be read.
+        return (Edit(offset, offset + sum(map(len, old)), "".join(new)),)
     return tuple(
         Edit(offsets[a0], offsets[a1], "".join(new[b0:b1]))
         for tag, a0, a1, b0, b1 in matcher.get_opcodes()
         if tag != "equal"
     )
+
+
+def _shared_words(matcher: difflib.SequenceMatcher[str], old: list[str], new: list[str]) -> float:
+    """Share of the words of the longer side that stay; white space says nothing."""
+    kept = [unit for block in matcher.get_matching_blocks() for unit in old[block.a : block.a + block.size]]
+    kept_words, old_words, new_words = (
+        sum(not unit.isspace() for unit in units) for units in (kept, old, new)
+    )
+    longest = max(old_words, new_words)
+    return kept_words / longest if min(old_words, new_words) > _FEW_WORDS else 1.0
 
 
 def _common_ends(old: list[str], new: list[str]) -> tuple[int, int]:

@@ -77,7 +77,7 @@ def export_checkpoint(
 def _trace(checkpoint: Path, scratch: Path) -> Any:
     """Return the checkpoint's graph in fp32; of the tokenizer it knows nothing."""
     # Eager attention: the fused kind is exported with a check for rows of NaN, whose cost grows with
-    # the cache (a sentence late in a stream took 1.9 times one early in it, and 1.5 without).
+    # the cache.
     source = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=torch.float32, attn_implementation="eager"
     )
