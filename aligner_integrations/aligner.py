@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 SafeguardMode: TypeAlias = Literal["keep_original", "off"]
 
-_BUNDLED = Path(__file__).parent / "models" / "tiny"
+BUNDLED_MODEL = Path(__file__).parent / "models" / "tiny"
 _WORD = re.compile(r"\w")
 
 
@@ -96,7 +96,7 @@ class Aligner:
         """
         if model is not None and not isinstance(model, str | Path):
             raise TypeError(f"model must be a str or Path, got {type(model).__name__}")
-        folder = _BUNDLED if model is None else Path(model)
+        folder = BUNDLED_MODEL if model is None else Path(model)
         if not folder.is_dir():
             raise ModelLoadError(
                 f"model folder {folder} does not exist; give a folder that holds model.onnx, tokenizer.json "

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aligner_integrations import Aligner, Correction, DecodeConfig, Edit, Segment
+from aligner_integrations.aligner import BUNDLED_MODEL
 from aligner_integrations.errors import AlignerError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -50,7 +51,6 @@ DataOption = Annotated[
     Path, typer.Option("--data", exists=True, file_okay=False, help="Folder with the Q-A-C data.")
 ]
 
-_BUNDLED = Path(__file__).parent / "models" / "tiny"
 # What each extra brings: only these, when missing, mean that the extra is not installed.
 _EXTRA_PACKAGES = {
     "train": ("torch", "transformers", "onnx", "optimum", "onnxruntime"),
@@ -130,7 +130,7 @@ def bench(
     """Time guided decoding beside plain greedy decoding and one prefill, on the same session."""
     from aligner_integrations.evaluation.bench import run_bench
 
-    report = run_bench(model or _BUNDLED, rounds=rounds, provider=provider)
+    report = run_bench(model or BUNDLED_MODEL, rounds=rounds, provider=provider)
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
         return

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from aligner_integrations import Aligner, DecodeConfig
+from aligner_integrations.aligner import BUNDLED_MODEL
 
 RECORDED = Path(__file__).parent / "data" / "recorded_answers.jsonl.gz"
-FOLDER = Path(__file__).parent.parent / "aligner_integrations" / "models" / "tiny"
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_its_folder_says_what_it_is(aligner: Aligner) -> None:
     assert (config.template, config.granularity, config.keep_token) == ("tiny", "sentence", "<|keep|>")
     assert config.licence and config.description and config.data
     assert config.edit_margin == aligner.decode_config.edit_margin > 0
-    assert sum(file.stat().st_size for file in FOLDER.iterdir()) < 25e6
+    assert sum(file.stat().st_size for file in BUNDLED_MODEL.iterdir()) < 25e6
 
 
 def test_ordinary_answers_stay_at_one_forward_a_sentence(

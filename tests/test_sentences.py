@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterable
 from itertools import pairwise
 
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from aligner_integrations.sentences import Piece, SentenceBuffer, split_margins
+from tests.pieces import cut, with_kinds
 
 # Bits of answers that meet in surprising ways: markdown, marks, scripts, links, numbers, broken characters.
 BITS = """
@@ -45,16 +45,6 @@ texts = st.one_of(
     st.text(st.characters(), max_size=80),
 )
 limits = st.sampled_from([1, 2, 3, 7, 20, 60, 2000])
-
-
-def cut(chunks: Iterable[str], *, max_chars: int = 2000) -> list[Piece]:
-    buffer = SentenceBuffer(max_chars=max_chars)
-    pieces = [piece for chunk in chunks for piece in buffer.push(chunk)]
-    return pieces + buffer.flush()
-
-
-def with_kinds(pieces: list[Piece]) -> list[tuple[str, str]]:
-    return [(str(piece), piece.kind) for piece in pieces]
 
 
 # The laws

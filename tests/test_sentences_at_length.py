@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
 from types import FrameType
 from typing import Any
 
@@ -12,18 +11,8 @@ import pytest
 from sentencex import segment
 
 from aligner_integrations import sentences
-from aligner_integrations.sentences import Piece, SentenceBuffer
-
-
-def cut(chunks: Iterable[str], *, max_chars: int = 2000) -> list[Piece]:
-    buffer = SentenceBuffer(max_chars=max_chars)
-    pieces = [piece for chunk in chunks for piece in buffer.push(chunk)]
-    return pieces + buffer.flush()
-
-
-def with_kinds(pieces: list[Piece]) -> list[tuple[str, str]]:
-    return [(str(piece), piece.kind) for piece in pieces]
-
+from aligner_integrations.sentences import SentenceBuffer
+from tests.pieces import cut, with_kinds
 
 # Work grows with the text, not faster: counted, not timed
 
