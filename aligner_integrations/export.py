@@ -10,7 +10,7 @@ import logging
 import shutil
 import tempfile
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,7 @@ def export_checkpoint(
 ) -> float:
     """Export `checkpoint` to the model folder `out` and return the share of equal next tokens.
 
+    The context (`max_length`) is the checkpoint's, whatever `config` says.
     `dtype="int8"` stores each matrix as int8 with one scale a row or column; the runtime unfolds it
     to fp32 once, while loading, so it computes in fp32 and block and single steps agree.
 
@@ -63,7 +64,8 @@ def export_checkpoint(
         store_as_int8(model)
     onnx.save(model, out / "model.onnx")
     shutil.copyfile(checkpoint / "tokenizer.json", out / "tokenizer.json")
-    write_config(config, out)
+    said = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    write_config(replace(config, max_length=said["max_position_embeddings"]), out)
     agreement = parity(checkpoint, out)
     if agreement < _LEAST_AGREEMENT:
         raise ModelLoadError(

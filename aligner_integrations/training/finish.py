@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,9 +28,7 @@ _CONFIG = AlignerConfig(
 def finish(checkpoint: Path, folder: Path, *, data: Path, rows_a_task: int = 600) -> Report:
     """Export `checkpoint` to `folder`, measure it on held-out rows and set its edit margin."""
     export_checkpoint(checkpoint, folder, config=_CONFIG, dtype="int8")
-    said = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    config = replace(_CONFIG, max_length=said["max_position_embeddings"])
-    write_config(config, folder)
     report = evaluate(Aligner.from_pretrained(folder), data, rows_a_task=rows_a_task)
+    config = AlignerConfig.load(folder)
     write_config(replace(config, edit_margin=report.best_margin()), folder)
     return report
