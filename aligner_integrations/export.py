@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from aligner_integrations.backends.onnx import OnnxBackend
 from aligner_integrations.config import AlignerConfig
 from aligner_integrations.errors import ModelLoadError
+from aligner_integrations.llama_graph import ROTATIONS, build_llama_graph, is_plain_llama
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +59,11 @@ def export_checkpoint(
         if not (checkpoint / name).exists():
             raise ModelLoadError(f"{checkpoint} is not a checkpoint: {name} is missing")
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        model = _trace(checkpoint, Path(scratch))
+    # Eager attention: the fused kind is exported with a check for rows of NaN that grows dear with the cache.
+    source = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    model = build_llama_graph(source) if is_plain_llama(source) else _trace(source)
     if dtype == "int8":
         store_as_int8(model)
     onnx.save(model, out / "model.onnx")
@@ -76,26 +80,21 @@ def export_checkpoint(
     return agreement
 
 
-def _trace(checkpoint: Path, scratch: Path) -> Any:
-    """Return the checkpoint's graph in fp32; of the tokenizer it knows nothing."""
-    # Eager attention: the fused kind is exported with a check for rows of NaN, whose cost grows with
-    # the cache.
-    source = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.float32, attn_implementation="eager"
-    )
-    with warnings.catch_warnings():
+def _trace(source: Any) -> Any:
+    """Return the graph, in fp32, of a model whose architecture we do not write ourselves."""
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as scratch:
         # What the exporter says of its own and transformers' code; that the graph is right, `parity` checks.
         for category, said in _EXPORTER_WARNINGS:
             warnings.filterwarnings("ignore", message=said, category=category)
         onnx_export_from_model(
-            source.eval(),
-            scratch,
+            source,
+            Path(scratch),
             task="text-generation-with-past",
             opset=18,
             do_validation=False,
             no_post_process=True,
         )
-    return onnx.load(scratch / "model.onnx")
+        return onnx.load(Path(scratch) / "model.onnx")
 
 
 def write_config(config: AlignerConfig, folder: Path) -> None:
@@ -143,6 +142,8 @@ def quantize(weights: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], np
 
 def _is_large_matrix(tensor: Any) -> bool:
     is_matrix = tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2
+    if tensor.name in ROTATIONS:
+        return False  # angles of positions must be exact
     return is_matrix and int(np.prod(tensor.dims)) >= _SMALLEST_MATRIX
 
 

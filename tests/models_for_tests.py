@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -65,17 +66,16 @@ class TableBackend:
 
 
 @cache
-def onnx_model(seed: int) -> Path:
-    """Build a two-layer Llama with random weights in fp32, and return its folder; once per run."""
+def llama(seed: int) -> Any:
+    """A two-layer Llama with random weights, as transformers has it."""
     import torch
-    from optimum.exporters.onnx import onnx_export_from_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=300,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=64,
+        intermediate_size=96,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -86,15 +86,36 @@ def onnx_model(seed: int) -> Path:
         eos_token_id=EOS,
         pad_token_id=0,
     )
-    folder = Path(tempfile.mkdtemp(prefix="aligner-test-model-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return LlamaForCausalLM(config).eval()
+
+
+@cache
+def onnx_model(seed: int) -> Path:
+    """The Llama as the general exporter writes it, in fp32: its folder; once per run."""
+    from optimum.exporters.onnx import onnx_export_from_model
+
+    folder = _make_folder()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own
         onnx_export_from_model(
-            LlamaForCausalLM(config).eval(),
-            folder,
-            task="text-generation-with-past",
-            opset=18,
-            do_validation=False,
+            llama(seed), folder, task="text-generation-with-past", opset=18, do_validation=False
         )
+    return folder
+
+
+@cache
+def fused_model(seed: int) -> Path:
+    """The same Llama with fused attention and a shared cache, as `aligner export` writes it."""
+    import onnx
+
+    from aligner_integrations.llama_graph import build_llama_graph
+
+    folder = _make_folder()
+    onnx.save(build_llama_graph(llama(seed)), folder / "model.onnx")
+    return folder
+
+
+def _make_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="aligner-test-model-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

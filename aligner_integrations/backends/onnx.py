@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,11 +35,26 @@ _FLOAT_TYPES: dict[str, type[np.generic]] = {
 }
 
 
+# In a graph's metadata: it may write its keys and values into the buffers that it is given.
+SHARED_CACHE = "aligner.shared_cache"
+_LEAST_ROOM = 256  # tokens; a buffer that is too small is doubled
+
+
+@dataclass(frozen=True, slots=True)
+class CacheNames:
+    """The graph's names of keys and values, and the shape and type of an empty one."""
+
+    past: list[str]
+    present: list[str]
+    empty: list[FloatArray]
+
+
 class OnnxCache:
     """Keys and values of one sequence, as arrays of shape (1, heads, length, head size)."""
 
-    def __init__(self, empty: Sequence[FloatArray]) -> None:
-        self._arrays = list(empty)
+    def __init__(self, names: CacheNames) -> None:
+        self._names = names
+        self._arrays = list(names.empty)
         self._length = 0
 
     @property
@@ -49,21 +64,74 @@ class OnnxCache:
 
     def trim(self, length: int) -> None:
         """Forget all but the first `length` tokens; costs nothing until the next forward."""
-        if not 0 <= length <= self._length:
-            raise ValueError(f"length must be from 0 to {self._length}, got {length}")
+        _check_trim(length, self._length)
         if length < self._length:
             self._arrays = [array[:, :, :length] for array in self._arrays]
             self._length = length
 
-    def feed(self) -> list[FloatArray]:
-        """Return the arrays as the session wants them: contiguous, copied only after a trim."""
-        self._arrays = [np.ascontiguousarray(array) for array in self._arrays]
-        return self._arrays
+    def run(self, session: ort.InferenceSession, feeds: dict[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """Run the graph after what is held and hold what it returns; logits of all of the input."""
+        # The session wants contiguous arrays; they are copied only after a trim.
+        past = (np.ascontiguousarray(array) for array in self._arrays)
+        feeds = feeds | dict(zip(self._names.past, past, strict=True))
+        logits, *present = session.run(["logits", *self._names.present], feeds)
+        self._arrays = cast(list[FloatArray], present)
+        self._length = int(self._arrays[0].shape[2])
+        return cast(npt.NDArray[Any], logits)
 
-    def hold(self, arrays: Sequence[FloatArray]) -> None:
-        """Take over what a forward returned."""
-        self._arrays = list(arrays)
-        self._length = int(arrays[0].shape[2])
+
+class SharedCache:
+    """Keys and values of one sequence in buffers with room to spare: the graph writes into them.
+
+    A forward copies nothing that was there before it, and a trim only notes the length.
+    """
+
+    def __init__(self, names: CacheNames) -> None:
+        self._names = names
+        self._buffers: list[ort.OrtValue] = []  # (1, heads, room, head size) each
+        self._room = 0
+        self._length = 0
+
+    @property
+    def length(self) -> int:
+        """How many tokens it holds."""
+        return self._length
+
+    def trim(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        _check_trim(length, self._length)
+        self._length = length
+
+    def run(self, session: ort.InferenceSession, feeds: dict[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """Run the graph after what is held, in place; logits of all of the input."""
+        end = self._length + feeds["input_ids"].shape[1]
+        self._make_room(end)
+        binding = session.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, array)
+        for past, present, buffer in zip(self._names.past, self._names.present, self._buffers, strict=True):
+            binding.bind_ortvalue_input(past, buffer)
+            binding.bind_ortvalue_output(present, buffer)
+        binding.bind_output("logits")
+        session.run_with_iobinding(binding)
+        self._length = end
+        return cast(npt.NDArray[Any], binding.get_outputs()[-1].numpy())
+
+    def _make_room(self, end: int) -> None:
+        if end <= self._room:
+            return
+        self._room = max(end, 2 * self._room, _LEAST_ROOM)
+        arrays = []
+        for empty in self._names.empty:
+            arrays.append(np.zeros((1, empty.shape[1], self._room, empty.shape[3]), dtype=empty.dtype))
+        for array, old in zip(arrays, self._buffers, strict=bool(self._buffers)):
+            array[:, :, : self._length] = old.numpy()[:, :, : self._length]
+        self._buffers = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays]
+
+
+def _check_trim(length: int, held: int) -> None:
+    if not 0 <= length <= held:
+        raise ValueError(f"length must be from 0 to {held}, got {length}")
 
 
 class OnnxBackend:
@@ -84,11 +152,12 @@ class OnnxBackend:
                 f"model.onnx is no decoder with a cache: it lacks {sorted(missing) or 'past_key_values.*'}; "
                 "export it with the task text-generation-with-past"
             )
-        self._past = past
-        self._outputs = ["logits", *present]
+        self._names = CacheNames(past, present, [_empty_past(inputs[name]) for name in past])
+        shared = SHARED_CACHE in session.get_modelmeta().custom_metadata_map
+        # The buffers are in the machine's memory; on an accelerator they would travel both ways.
+        self._cache = SharedCache if shared and provider == FULL_NAMES["cpu"] else OnnxCache
         self._has_mask = "attention_mask" in inputs
         self._has_positions = "position_ids" in inputs
-        self._empty = [_empty_past(inputs[name]) for name in past]
 
     @classmethod
     def load(
@@ -143,25 +212,22 @@ class OnnxBackend:
             'use provider="auto" or "cpu", or see `aligner doctor`'
         )
 
-    def make_cache(self) -> OnnxCache:
+    def make_cache(self) -> OnnxCache | SharedCache:
         """Return an empty cache."""
-        return OnnxCache(self._empty)
+        return self._cache(self._names)
 
     def forward(self, ids: Ids, cache: KVCache, *, last: int) -> Logits:
         """Run `ids` after what `cache` holds; logits of shape (last, vocabulary) for the end of `ids`."""
         if not 1 <= last <= len(ids):
             raise ValueError(f"last must be from 1 to {len(ids)}, got {last}")
-        own = cast(OnnxCache, cache)
+        own = cast(OnnxCache | SharedCache, cache)
         end = own.length + len(ids)
         feeds: dict[str, npt.NDArray[Any]] = {"input_ids": np.array([ids], dtype=np.int64)}
         if self._has_mask:
             feeds["attention_mask"] = np.ones((1, end), dtype=np.int64)
         if self._has_positions:
             feeds["position_ids"] = np.arange(own.length, end, dtype=np.int64)[None]
-        feeds.update(zip(self._past, own.feed(), strict=True))
-        logits, *present = self._session.run(self._outputs, feeds)
-        own.hold(cast(list[FloatArray], present))
-        return cast(npt.NDArray[Any], logits)[0, -last:].astype(np.float32, copy=False)
+        return own.run(self._session, feeds)[0, -last:].astype(np.float32, copy=False)
 
 
 def _make_session(

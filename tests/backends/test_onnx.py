@@ -8,20 +8,27 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 
 from aligner_integrations.backends import BACKENDS, load_backend
 from aligner_integrations.backends.base import Backend, KVCache, Logits
 from aligner_integrations.backends.onnx import OnnxBackend, available_cores
 from aligner_integrations.errors import ModelLoadError
-from tests.models_for_tests import onnx_model
+from tests.models_for_tests import fused_model, onnx_model
 
 IDS = [7, 40, 290, 3, 3, 12, 99, 140, 55, 201]
 
 
 @pytest.fixture(scope="module")
-def backend() -> OnnxBackend:
+def traced() -> OnnxBackend:
+    """As the general exporter writes it: every forward returns a new cache."""
     return OnnxBackend.load(onnx_model(0), provider="cpu", threads=1)
+
+
+@pytest.fixture(scope="module", params=[onnx_model, fused_model], ids=["traced", "fused"])
+def backend(request: pytest.FixtureRequest) -> OnnxBackend:
+    return OnnxBackend.load(request.param(0), provider="cpu", threads=1)
 
 
 def run(backend: Backend, ids: list[int], *, last: int | None = None) -> Logits:
@@ -93,6 +100,44 @@ def test_one_backend_serves_many_threads(backend: OnnxBackend) -> None:
     np.testing.assert_array_equal(alone, together)
 
 
+def test_the_fused_graph_gives_what_the_traced_one_gives(traced: OnnxBackend) -> None:
+    fused = OnnxBackend.load(fused_model(0), threads=1)
+    np.testing.assert_allclose(run(fused, IDS), run(traced, IDS), atol=1e-4)
+
+
+def test_a_cache_outgrows_its_buffers_and_loses_nothing() -> None:
+    fused = OnnxBackend.load(fused_model(0), threads=1)
+    ids = np.random.default_rng(0).integers(0, 300, 500).tolist()
+    cache = fused.make_cache()
+    rows = [fused.forward(ids[start : start + 100], cache, last=100) for start in range(0, 500, 100)]
+    np.testing.assert_allclose(np.concatenate(rows), run(fused, ids), atol=1e-3)
+
+
+def test_the_fused_graph_runs_as_any_other_when_no_buffers_are_shared(traced: OnnxBackend) -> None:
+    """Names and shapes are those of the general exporter, for programs that know only those."""
+    session = ort.InferenceSession(fused_model(0) / "model.onnx", providers=["CPUExecutionProvider"])
+    known = ort.InferenceSession(onnx_model(0) / "model.onnx", providers=["CPUExecutionProvider"])
+    for ours, theirs in zip(
+        (session.get_inputs(), session.get_outputs()), (known.get_inputs(), known.get_outputs()), strict=True
+    ):
+        assert {(node.name, node.type) for node in ours} == {(node.name, node.type) for node in theirs}
+    names = [node.name for node in session.get_inputs() if node.name.startswith("past_key_values")]
+    past = dict.fromkeys(names, np.zeros((1, 2, 0, 16), dtype=np.float32))
+    rows = []
+    for start, end in ((0, 4), (4, 10)):
+        feeds = {
+            "input_ids": np.array([IDS[start:end]]),
+            "attention_mask": np.ones((1, end), dtype=np.int64),
+            "position_ids": np.arange(start, end)[None],
+        }
+        logits, *present = session.run(
+            ["logits", *(name.replace("past_key_values", "present") for name in names)], feeds | past
+        )
+        past = dict(zip(names, present, strict=True))
+        rows.append(logits[0])
+    np.testing.assert_allclose(np.concatenate(rows), run(traced, IDS), atol=1e-4)
+
+
 def rewrite(folder: Path, change: object) -> Path:
     assert callable(change)
     model = onnx.load(onnx_model(0) / "model.onnx")
@@ -101,7 +146,7 @@ def rewrite(folder: Path, change: object) -> Path:
     return folder
 
 
-def test_weights_may_lie_beside_the_model(backend: OnnxBackend, tmp_path: Path) -> None:
+def test_weights_may_lie_beside_the_model(traced: OnnxBackend, tmp_path: Path) -> None:
     model = onnx.load(onnx_model(0) / "model.onnx")
     onnx.save_model(
         model,
@@ -111,13 +156,13 @@ def test_weights_may_lie_beside_the_model(backend: OnnxBackend, tmp_path: Path) 
         size_threshold=64,
     )
     assert (tmp_path / "model.onnx_data").stat().st_size > 10_000
-    np.testing.assert_array_equal(run(OnnxBackend.load(tmp_path, threads=1), IDS), run(backend, IDS))
+    np.testing.assert_array_equal(run(OnnxBackend.load(tmp_path, threads=1), IDS), run(traced, IDS))
     (tmp_path / "model.onnx_data").unlink()
     with pytest.raises(ModelLoadError, match=r"model\.onnx"):
         OnnxBackend.load(tmp_path)
 
 
-def test_positions_are_given_only_to_a_graph_that_takes_them(backend: OnnxBackend, tmp_path: Path) -> None:
+def test_positions_are_given_only_to_a_graph_that_takes_them(traced: OnnxBackend, tmp_path: Path) -> None:
     def fix_positions(model: onnx.ModelProto) -> None:
         (node,) = [node for node in model.graph.input if node.name == "position_ids"]
         model.graph.input.remove(node)
@@ -125,7 +170,7 @@ def test_positions_are_given_only_to_a_graph_that_takes_them(backend: OnnxBacken
         model.graph.initializer.append(constant)
 
     without = OnnxBackend.load(rewrite(tmp_path, fix_positions), threads=1)
-    np.testing.assert_array_equal(run(without, IDS), run(backend, IDS))
+    np.testing.assert_array_equal(run(without, IDS), run(traced, IDS))
 
 
 def test_a_missing_folder_and_a_missing_file_are_told_with_the_cure(tmp_path: Path) -> None:
