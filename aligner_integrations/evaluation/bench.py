@@ -27,7 +27,7 @@ from aligner_integrations.decode import Decoded, PromptCache, draft_decode, gree
 _EOS = 1
 _KEEP = 2
 _FIRST_TEXT_ID = 8
-_QUESTION_TOKENS = 24
+_QUESTION_TOKENS = 43  # with a separator a prompt of 172 tokens for an answer of 128
 _SENTENCE_TOKENS = 25
 _EARLY, _LATE = 2, 30  # sentences of one stream, counted from 1
 _WARM_UP = 2
