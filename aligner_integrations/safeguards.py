@@ -27,7 +27,7 @@ class SafeguardPolicy:
     `special_tokens` are strings that may not appear unless the answer has them.
     """
 
-    min_similarity: float = 0.65
+    min_similarity: float = 0.5
     max_growth: float = 2.0
     slack_chars: int = 80
     max_changed_numbers: int | None = 1

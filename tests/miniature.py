@@ -35,8 +35,10 @@ hidden_size = 64
 intermediate_size = 160
 num_hidden_layers = 2
 num_attention_heads = 2
+rope_theta = 100_000
 
 [optimizer]
+matrix_rate = 0.003
 rate = 0.002
 weight_decay = 0.05
 warmup_steps = 3
@@ -47,24 +49,22 @@ first = 4.0
 changed = 2.0
 
 [[stages]]
-name = "copy-few"
+name = "copy-random"
 tokens = 700
 batch_tokens = 256
-mixture = { copy-few = 1.0 }
+mixture = { copy-random = 1.0 }
 
 [[stages]]
 name = "copy-text"
 tokens = 400
 batch_tokens = 256
-until = 100.0
-mixture = { copy-text = 0.6, copy-more = 0.2, copy-all = 0.2 }
+mixture = { copy-text = 0.6, copy-random = 0.4 }
 
 [[stages]]
 name = "correct"
 tokens = 1200
 batch_tokens = 256
-reading = 0.2
-mixture = { fresh-sum = 0.1, bare-sum = 0.1, sum-wrong = 0.2, rude = 0.2, ordinary = 0.2, harmful = 0.2 }
+mixture = { sum-drill = 0.1, fresh-sum = 0.1, sum-wrong = 0.2, rude = 0.2, ordinary = 0.2, harmful = 0.2 }
 """
 # Pools this small give the run several borders a stage.
 POOL_TOKENS = 400

@@ -17,6 +17,8 @@ _SUM = re.compile(
     r"(\d{1,7})(?![\d,]|\.\d)"
 )
 
+_RESULT = re.compile(r"=\s*\$?(\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)")
+
 
 @dataclass(frozen=True, slots=True)
 class SumFrame:
@@ -41,6 +43,29 @@ def find_frame(step: str) -> SumFrame | None:
         return None
     operands = (int(left), operator, int(right))
     return SumFrame(step[: match.start()], *operands, (gap, joint, equals), step[match.end() :])
+
+
+def find_results(sentence: str, right: str) -> list[tuple[int, int, str]]:
+    """Return each result in `sentence`: where it starts and ends, and what it is in the `right` sentence.
+
+    The two sentences may differ in one result; if they differ in anything else there are none.
+    """
+    same = 0
+    while same < min(len(sentence), len(right)) and sentence[same] == right[same]:
+        same += 1
+    grown = len(right) - len(sentence)
+    results: list[tuple[int, int, str]] = []
+    mended = sentence == right
+    for match in _RESULT.finditer(sentence):
+        start, end = match.span(1)
+        if not mended and start <= same <= end:
+            if sentence[end:] != right[end + grown :]:
+                return []
+            results.append((start, end, right[start : end + grown]))
+            mended = True
+        else:
+            results.append((start, end, match[1]))
+    return results if mended else []
 
 
 def compute(left: int, operator: str, right: int) -> int | None:

@@ -12,7 +12,14 @@ from dataclasses import dataclass, replace
 
 from tokenizers import Tokenizer
 
-from aligner_integrations.training.arithmetic import SumFrame, fill_frame, fill_sum, find_frame
+from aligner_integrations.safeguards import word_similarity
+from aligner_integrations.training.arithmetic import (
+    SumFrame,
+    fill_frame,
+    fill_sum,
+    find_frame,
+    find_results,
+)
 from aligner_integrations.training.rows import Row
 
 END, KEEP, QUESTION, PREFIX, SENTENCE, CORRECTION = 1, 2, 3, 5, 6, 7
@@ -20,13 +27,21 @@ _FIRST_CONTENT_ID = 8
 _FRESH_SHARE = 0.3  # of generated sums; the others are sums of the data
 _DRILL_SUMS = 9
 _BETWEEN_SUMS = (". ", ", ", "\n", "; ")
+_BARE_SHARE = 0.7  # of real sums: the words before a sum say little of whether it is right
+_NEAR = 0.75
+_RESULT_WEIGHT = 0.5  # of predicting a result's digit while it is read
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids and, for each, the weight of predicting it (0 for most of the prompt)."""
+    """Token ids; for each place what to predict there and the weight of it (0 for most of the prompt).
+
+    What to predict is the id itself nearly everywhere. While a sum is read it is the *right* digit of
+    the result, and on the token after the result a verdict: keep, or correction where it is wrong.
+    """
 
     ids: list[int]
+    targets: list[int]
     weights: list[float]
 
 
@@ -34,17 +49,13 @@ class Example:
 class Stage:
     """A named stretch of training: how many tokens, and the share of each task.
 
-    It ends early once the mean loss of a pool falls below `until`. `batch_tokens` are padded tokens
-    a step: copying is learned in few tokens if there are many steps. `reading` weighs predicting a
-    good sentence while it is read.
+    `batch_tokens` are padded tokens a step. Keep it the same in all stages: each shape is compiled once.
     """
 
     name: str
     tokens: int
     batch_tokens: int
     mixture: dict[str, float]
-    until: float = 0.0
-    reading: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,25 +78,21 @@ class Curriculum:
         for row in rows:
             if not row.dev:
                 self._rows.setdefault(row.task, []).append(row)
+        # Rewrites that mostly delete are the ones that a small model can learn to write.
+        self._rows["rude-near"] = [row for row in self._rows.get("rude", []) if _is_near(row)]
         self._frames = self._make_frames()
-        self._digits = frozenset(tokenizer.token_to_id(digit) for digit in "0123456789")
-        self._equals = frozenset((tokenizer.token_to_id("="), tokenizer.token_to_id("\u0120=")))
-        self._reading = 0.0
         self._makers: dict[str, Callable[[random.Random], Example]] = {
-            "copy-few": lambda rng: self._random_copy(rng, pool=256, longest=24, noise=0),
-            "copy-more": lambda rng: self._random_copy(
-                rng, pool=2 ** rng.randint(8, 13), longest=48, noise=0
-            ),
-            "copy-all": lambda rng: self._random_copy(rng, pool=self._vocabulary, longest=60, noise=20),
+            "copy-random": self._random_copy,
             "copy-text": self._copy_text,
             "fresh-sum": self._fresh_sum,
             "bare-sum": self._bare_sum,
-            "sum-drill": self._sum_drill,
+            "sum-drill": lambda rng: self._sum_drill(rng, fresh=_FRESH_SHARE),
+            "fact-drill": lambda rng: self._sum_drill(rng, fresh=0.0),
         }
 
     def check(self, stage: Stage) -> None:
         """Raise a ValueError if the stage names a task that has neither rows nor a generator."""
-        known = sorted({*self._makers, *self._rows})
+        known = sorted({*self._makers, *(task for task, rows in self._rows.items() if rows)})
         unknown = sorted(set(stage.mixture) - set(known))
         if unknown:
             raise ValueError(
@@ -95,7 +102,6 @@ class Curriculum:
     def pool(self, stage: Stage, number: int, *, tokens: int) -> list[Example]:
         """Return the examples of pool `number` of `stage`, about `tokens` long in all."""
         rng = random.Random(f"{stage.name}/{number}")
-        self._reading = stage.reading
         tasks, shares = list(stage.mixture), list(stage.mixture.values())
         examples: list[Example] = []
         while tokens > 0:
@@ -113,39 +119,42 @@ class Curriculum:
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids if text else []
 
-    def _example(self, question: str, prefix: str, sentence: str, target: str | None) -> Example:
+    def _example(
+        self, question: str, prefix: str, sentence: str, target: str | None, *, sums: bool = False
+    ) -> Example:
         """One decision: read the sentence, then write keep, nothing, or the rewrite."""
         source = self._encode(sentence)
         head = [QUESTION, *self._encode(question), PREFIX, *self._encode(prefix), SENTENCE]
         written = [KEEP] if target is None else [*self._encode(target), END]
         ids = [*head, *source, CORRECTION, *written]
-        weights = [0.0] * len(head) + self._reading_weights(source, target) + [0.0]
-        weights += _written_weights(source, written, self._weights)
-        return Example(ids, weights)
+        weights = [0.0] * (len(head) + len(source) + 1) + _written_weights(source, written, self._weights)
+        example = Example(ids, list(ids), weights)
+        if sums:
+            self._mark_sums(example, sentence, sentence if target is None else target, start=len(head))
+        return example
 
-    def _reading_weights(self, source: list[int], target: str | None) -> list[float]:
-        """Good sentences are also predicted while they are read, the digits of results in earnest."""
-        if target is not None:
-            return [0.0] * len(source)
-        weights = [self._reading] * len(source)
-        equals = next((i for i, token in enumerate(source) if token in self._equals), len(source))
-        for index in range(equals, len(source)):
-            if source[index] in self._digits:
-                weights[index] = 1.0
-        return weights
+    def _mark_sums(self, example: Example, sentence: str, right: str, *, start: int) -> None:
+        """Let every result in `sentence`, whose tokens begin at `start`, be predicted and judged."""
+        offsets = self._tokenizer.encode(sentence, add_special_tokens=False).offsets
+        for first_char, end_char, result in find_results(sentence, right):
+            inside = [i for i, (low, high) in enumerate(offsets) if first_char <= low and high <= end_char]
+            if inside:
+                first, end = start + inside[0], start + inside[-1] + 1
+                _mark_result(example, first, end, self._encode(result))
 
     def _real(self, task: str, rng: random.Random) -> Example:
         row = rng.choice(self._rows[task])
         question, prefix = row.question, row.prefix
-        if task.startswith("sum") and rng.random() < 0.5:
-            question = prefix = ""
+        sums = task.startswith("sum")
+        if sums and rng.random() < _BARE_SHARE:
+            return self._example("", "", row.sentence, row.target, sums=True)
         if not question and rng.random() < 0.4:
             question = rng.choice(self._rows["ordinary"]).question
         if not prefix and task not in ("harmful", "good") and rng.random() < 0.25:
             prefix = self._ordinary_text(rng)
         if task == "ordinary" and rng.random() < 0.04:
             prefix = self._ordinary_text(rng, rows=40)
-        return self._example(question, prefix, row.sentence, row.target)
+        return self._example(question, prefix, row.sentence, row.target, sums=sums)
 
     def _ordinary_text(self, rng: random.Random, rows: int = 0) -> str:
         chosen = rng.choices(self._rows["ordinary"], k=rows or rng.randint(1, 3))
@@ -157,18 +166,21 @@ class Curriculum:
         after = " ".join(frame.after.split(" ")[: rng.randint(0, 2)])
         return self._sum(replace(frame, before="", after=after), rng)
 
-    def _sum_drill(self, rng: random.Random) -> Example:
-        """Right sums in a row; only their results are predicted. Most sums of the data are few facts."""
-        ids, weights = [QUESTION, PREFIX, SENTENCE], [0.0, 0.0, 0.0]
+    def _sum_drill(self, rng: random.Random, *, fresh: float) -> Example:
+        """Sums in a row, right and wrong; their results and verdicts are predicted, nothing else."""
+        ids, marks = [QUESTION, PREFIX, SENTENCE], []
         for _ in range(_DRILL_SUMS):
             frame = replace(rng.choice(self._frames), before="")
-            start, result, _ = fill_sum(frame, rng, fresh=rng.random() < _FRESH_SHARE)
-            asked, digits = self._encode(start), self._encode(str(result))
-            ids += [*asked, *digits, *self._encode(rng.choice(_BETWEEN_SUMS))]
-            weights += [0.0] * len(asked) + [1.0] * len(digits)
-            # What follows the result is predicted too: where a number ends is part of it.
-            weights += [1.0] + [0.0] * (len(ids) - len(weights) - 1)
-        return Example(ids, weights)
+            start, result, wrong = fill_sum(frame, rng, fresh=rng.random() < fresh)
+            words = " ".join(frame.after.split(" ")[: rng.randint(0, 2)])
+            shown = self._encode(str(result if rng.random() < 0.5 else wrong))
+            ids += self._encode(start)
+            marks.append((len(ids), len(ids) + len(shown), self._encode(str(result))))
+            ids += [*shown, *self._encode(words + rng.choice(_BETWEEN_SUMS))]
+        example = Example([*ids, CORRECTION], [*ids, CORRECTION], [0.0] * (len(ids) + 1))
+        for mark in marks:
+            _mark_result(example, *mark)
+        return example
 
     def _fresh_sum(self, rng: random.Random) -> Example:
         return self._sum(rng.choice(self._frames), rng)
@@ -176,19 +188,19 @@ class Curriculum:
     def _sum(self, frame: SumFrame, rng: random.Random) -> Example:
         right, wrong = fill_frame(frame, rng, fresh=rng.random() < _FRESH_SHARE)
         if rng.random() < 0.5:
-            return self._example("", "", right, None)
-        return self._example("", "", wrong, right)
+            return self._example("", "", right, None, sums=True)
+        return self._example("", "", wrong, right, sums=True)
 
-    def _random_copy(self, rng: random.Random, *, pool: int, longest: int, noise: int) -> Example:
-        """Copy random tokens out of the first `pool`, after up to `noise` other ones."""
-        last = min(_FIRST_CONTENT_ID + pool, self._vocabulary) - 1
+    def _random_copy(self, rng: random.Random) -> Example:
+        """Copy random tokens after some others, forwards and backwards, that are not to be copied."""
+        last = self._vocabulary - 1
         source, before = (
             [rng.randint(_FIRST_CONTENT_ID, last) for _ in range(rng.randint(least, most))]
-            for least, most in ((6, longest), (0, noise))
+            for least, most in ((6, 60), (0, 20))
         )
         ids = [QUESTION, *before, PREFIX, *before[::-1], SENTENCE, *source, CORRECTION, *source, END]
         written = len(source) + 1
-        return Example(ids, [0.0] * (len(ids) - written) + [1.0] * written)
+        return Example(ids, ids, [0.0] * (len(ids) - written) + [1.0] * written)
 
     def _copy_text(self, rng: random.Random) -> Example:
         """Copy a real sentence, now and then without one word; how to begin is not trained."""
@@ -204,7 +216,25 @@ class Curriculum:
         head = [QUESTION, *self._encode(question), PREFIX, *self._encode(prefix), SENTENCE]
         ids = [*head, *source, CORRECTION, *written]
         weights = [0.0] * (len(ids) - len(written)) + [0.0] + [1.0] * (len(written) - 1)
-        return Example(ids, weights)
+        return Example(ids, ids, weights)
+
+
+def _is_near(row: Row) -> bool:
+    return row.target is not None and word_similarity(row.sentence, row.target) >= _NEAR
+
+
+def _mark_result(example: Example, first: int, end: int, result: list[int]) -> None:
+    """Predict `result` over the places from `first` to `end` that show it, rightly or not, then judge it."""
+    shown = example.ids[first:end]
+    for place, (digit, seen) in enumerate(zip(result, shown, strict=False), start=first):
+        example.targets[place] = digit
+        example.weights[place] = _RESULT_WEIGHT
+        if digit != seen:
+            break  # what follows a wrong digit tells nothing
+    verdict = end + 1  # said on the token after the result: only there is its end known
+    if verdict < len(example.ids) and example.weights[verdict] == 0.0:
+        example.targets[verdict] = KEEP if shown == result else CORRECTION
+        example.weights[verdict] = 1.0
 
 
 def _written_weights(source: list[int], written: list[int], weights: Weights) -> list[float]:

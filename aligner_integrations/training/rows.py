@@ -16,13 +16,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from aligner_integrations.safeguards import is_refusal
+from aligner_integrations.safeguards import SafeguardPolicy, is_refusal, word_similarity
 from aligner_integrations.sentences import SentenceBuffer, split_margins
 
 _DEV_SHARE = 20
 _SENTENCES_PER_ANSWER = 6
 _MAX_REFUSAL_WORDS = 24
 _MAX_PREFIX_CHARS = 1200
+_LEAST_SIMILARITY = SafeguardPolicy().min_similarity
 # When the paired refusal's first sentence is no clean refusal, this is written instead.
 _PLAIN_REFUSAL = "I'm sorry, but I can't assist with that."
 
@@ -93,7 +94,9 @@ def _paradetox(raw: dict[str, Any], dev: bool, rng: random.Random) -> Iterator[R
     if raw["meta"].get("kind") == "already-good":
         yield _row("polite", raw, None, dev)
     else:
-        yield _row("rude", raw, raw["correction"], dev)
+        # A rewrite that the safeguards would not show is not worth learning.
+        if dev or word_similarity(raw["last_sentence"], raw["correction"]) >= _LEAST_SIMILARITY:
+            yield _row("rude", raw, raw["correction"], dev)
         yield _row("polite", raw, None, dev, sentence=raw["correction"])
 
 

@@ -35,9 +35,15 @@ from aligner_integrations.training.rows import Row, load_rows
 from aligner_integrations.training.vocabulary import train_tokenizer
 
 logger = logging.getLogger(__name__)
-_POOL_TOKENS = 300_000
-_MODEL_ENTRIES = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
-_OPTIMIZER_ENTRIES = {"rate", "weight_decay", "warmup_steps", "decay_share"}
+_POOL_TOKENS = 600_000
+_MODEL_ENTRIES = {
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "rope_theta",
+}
+_OPTIMIZER_ENTRIES = {"matrix_rate", "rate", "weight_decay", "warmup_steps", "decay_share"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +157,8 @@ class TrainingRun:
             **recipe.model,
         )
         self.model = LlamaForCausalLM(config)
+        # Short rows: written out and compiled, attention is faster here than the fused kernel is on a CPU.
+        self.model.set_attn_implementation("eager")
         set_up_copying(self.model)
         nn.Module.to(self.model, device)
         self._body: Callable[..., Any] = self.model.model
@@ -158,7 +166,7 @@ class TrainingRun:
             # One graph a bucket, and one more each for measuring; the default limit gives up after eight.
             torch._dynamo.config.recompile_limit = 4 * len(recipe.buckets)
             self._body = torch.compile(self.model.model, dynamic=False)
-        self.optimizer = _make_optimizer(self.model, recipe)
+        self.optimizers = _make_optimizers(self.model, recipe)
         self.progress = Progression()
 
     def resume(self) -> None:
@@ -169,7 +177,8 @@ class TrainingRun:
             state = torch.load(path, weights_only=True, map_location="cpu")
             try:
                 self.model.load_state_dict(state["model"])
-                self.optimizer.load_state_dict(state["optimizer"])
+                for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                    optimizer.load_state_dict(saved)
             except (RuntimeError, ValueError) as error:
                 raise ValueError(f"{path} is of another recipe; choose another folder: {error}") from error
             self.progress = Progression(**state["progress"])
@@ -188,7 +197,7 @@ class TrainingRun:
                 self._record(stage.name, mean)
                 said = f"{stage.name} {losses[-1]:.3f}"
                 bar.update(shown, completed=self.progress.tokens, description=said)
-                if self.progress.stage_tokens >= stage.tokens or mean < stage.until:
+                if self.progress.stage_tokens >= stage.tokens:
                     self.progress.stage += 1
                     self.progress.stage_tokens = self.progress.pool = 0
                 if time.monotonic() - saved > self.recipe.checkpoint_seconds:
@@ -215,46 +224,50 @@ class TrainingRun:
     def _step(self, batch: list[Example], batch_tokens: int) -> float:
         length = next(size for size in self.recipe.buckets if max(len(e.ids) for e in batch) <= size)
         rows = max(batch_tokens // length, 1)  # padded to one shape a bucket
-        ids = torch.zeros(rows, length, dtype=torch.long)
+        ids, targets = (torch.zeros(rows, length, dtype=torch.long) for _ in range(2))
         weights = torch.zeros(rows, length)
         for row, example in enumerate(batch):
             ids[row, : len(example.ids)] = torch.tensor(example.ids)
+            targets[row, : len(example.ids)] = torch.tensor(example.targets)
             weights[row, : len(example.ids)] = torch.tensor(example.weights)
-        loss = self._loss(ids.to(self.device), weights.to(self.device))
+        loss = self._loss(ids.to(self.device), targets.to(self.device), weights.to(self.device))
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._rate()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        share = self._rate_share()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = share * group["peak"]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         tokens = sum(len(example.ids) for example in batch)
         self.progress.step += 1
         self.progress.tokens += tokens
         self.progress.stage_tokens += tokens
         return float(loss.detach())
 
-    def _loss(self, ids: Tensor, weights: Tensor) -> Tensor:
+    def _loss(self, ids: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Weighted cross-entropy; the output projection runs only where a token has a weight."""
-        hidden = self._body(input_ids=ids, use_cache=False).last_hidden_state
         wanted = weights[:, 1:] > 0
-        logits = self.model.lm_head(hidden[:, :-1][wanted])
-        losses = nn.functional.cross_entropy(logits, ids[:, 1:][wanted], reduction="none")
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16):
+            hidden = self._body(input_ids=ids, use_cache=False).last_hidden_state
+            logits = self.model.lm_head(hidden[:, :-1][wanted])
+        losses = nn.functional.cross_entropy(logits.float(), targets[:, 1:][wanted], reduction="none")
         chosen = weights[:, 1:][wanted]
         return (losses * chosen).sum() / chosen.sum()
 
-    def _rate(self) -> float:
-        """Rise at the start, stay, and fall to zero over the last part of the last stage."""
+    def _rate_share(self) -> float:
+        """Share of the peak rates: rise at the start, stay, fall to zero over the end of the last stage."""
         settings, progress = self.recipe.optimizer, self.progress
         warm = min(1.0, (progress.step + 1) / settings["warmup_steps"])
         left = 1.0
         if progress.stage == len(self.recipe.stages) - 1:
             left = 1.0 - progress.stage_tokens / self.recipe.stages[-1].tokens
-        return settings["rate"] * warm * min(1.0, max(left, 0.01) / settings["decay_share"])
+        return warm * min(1.0, max(left, 0.01) / settings["decay_share"])
 
     def _save_state(self) -> None:
         state = {
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "progress": {entry.name: getattr(self.progress, entry.name) for entry in fields(Progression)},
         }
         torch.save(state, self.out / "state.tmp")
@@ -267,12 +280,20 @@ class TrainingRun:
             log.write(json.dumps({**entry, **figures, "time": round(time.time())}) + "\n")
 
 
-def _make_optimizer(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.Optimizer:
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
+def _make_optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices (rare facts are learned sooner), AdamW for embeddings and vectors."""
     settings = recipe.optimizer
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": settings["weight_decay"]},
-        {"params": others},
-    ]
-    return torch.optim.AdamW(groups, lr=settings["rate"], betas=(0.9, 0.98), weight_decay=0.0)
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    inside = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in inside]
+    muon = torch.optim.Muon(
+        matrices,
+        lr=settings["matrix_rate"],
+        weight_decay=settings["weight_decay"],
+        adjust_lr_fn="match_rms_adamw",
+    )
+    adam = torch.optim.AdamW(others, lr=settings["rate"], betas=(0.9, 0.98), weight_decay=0.0)
+    for optimizer in (muon, adam):
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return [muon, adam]

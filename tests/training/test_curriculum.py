@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import cache
 
 import pytest
@@ -27,11 +28,10 @@ from aligner_integrations.training.vocabulary import train_tokenizer
 from tests.miniature import data_folder
 
 WEIGHTS = Weights(first=4.0, changed=2.0)
-READING = 0.25
 MAX_LENGTH = 192
 REAL = ("sum-wrong", "sum-right", "rude", "polite", "ordinary", "step", "short", "good")
 HARMFUL = ("harmful", "harmful-rest", "harmful-late")
-MADE = ("copy-few", "copy-more", "copy-all", "copy-text", "fresh-sum", "bare-sum")
+MADE = ("copy-random", "copy-text", "fresh-sum", "bare-sum")
 
 
 @cache
@@ -51,7 +51,7 @@ def whole() -> Curriculum:
 
 def stage(*tasks: str, name: str = "stage") -> Stage:
     mixture = dict.fromkeys(tasks, 1.0)
-    return Stage(name, tokens=10_000, batch_tokens=512, mixture=mixture, reading=READING)
+    return Stage(name, tokens=10_000, batch_tokens=512, mixture=mixture)
 
 
 def encode(text: str) -> list[int]:
@@ -69,7 +69,6 @@ def split(example: Example) -> tuple[list[float], list[float], list[float]]:
     """The weights of the frame with question and prefix, of the sentence, of what is written."""
     opened, closed = example.ids.index(SENTENCE), example.ids.index(CORRECTION)
     weights = example.weights
-    assert weights[closed] == 0.0
     return weights[: opened + 1], weights[opened + 1 : closed], weights[closed + 1 :]
 
 
@@ -86,15 +85,46 @@ def test_a_kept_sentence_is_one_weighty_token() -> None:
     example = one_example("It is so.", None)
     frame, sentence, written = split(example)
     assert example.ids[-1] == KEEP and written == [WEIGHTS.first]
-    assert set(frame) == {0.0} and set(sentence) == {READING}
+    assert set(frame) == set(sentence) == {0.0}
 
 
-def test_results_of_a_kept_sum_are_read_in_earnest() -> None:
-    text = "So 12 + 3 = 15 pens."
-    example = one_example(text, None)
-    ids, (_, weights, _) = encode(text), split(example)
-    heavy = [tokenizer().id_to_token(id) for id, weight in zip(ids, weights, strict=True) if weight == 1.0]
-    assert heavy == ["1", "5"]
+def read_sum(sentence: str, target: str | None) -> list[tuple[str, str]]:
+    """What is to be predicted while a sum is read: (token that stands there, token to predict)."""
+    rows = [Row("sum-right", "Why is it?", "As said.", sentence, target, dev=False)]
+    rows.append(Row("ordinary", "What?", "", "Nothing.", None, dev=False))
+    example = curriculum_of(rows).pool(stage("sum-right"), 0, tokens=1)[0]
+    opened, closed = example.ids.index(SENTENCE), example.ids.index(CORRECTION)
+    name = tokenizer().id_to_token
+    return [
+        (name(example.ids[place]), name(example.targets[place]))
+        for place in range(opened + 1, closed + 1)
+        if example.weights[place] > 0
+    ]
+
+
+KEPT, MENDED = "<|keep|>", "<|correction|>"
+
+
+@pytest.mark.parametrize(
+    ("sentence", "target", "wanted"),
+    [
+        ("12 + 3 = 15 .", None, [("1", "1"), ("5", "5"), (MENDED, KEPT)]),
+        ("12 + 3 = 16 .", "12 + 3 = 15 .", [("1", "1"), ("6", "5"), (MENDED, MENDED)]),
+        ("12 + 3 = 25 .", "12 + 3 = 15 .", [("2", "1"), (MENDED, MENDED)]),
+        ("12 + 3 = 150 .", "12 + 3 = 15 .", [("1", "1"), ("5", "5"), (MENDED, MENDED)]),
+        ("12 + 3 = 15", None, [("1", "1"), ("5", "5")]),  # at the end the decision is the verdict
+        ("1+2=4, 3+3=6 .", "1+2=3, 3+3=6 .", [("4", "3"), (MENDED, MENDED), ("6", "6"), (MENDED, KEPT)]),
+        ("12 + 3 = 16 .", "It is not so.", []),
+    ],
+)
+def test_a_sum_is_computed_and_judged_while_it_is_read(
+    sentence: str, target: str | None, wanted: list[tuple[str, str]]
+) -> None:
+    found = read_sum(sentence, target)
+    # A verdict is said on the token after the result: whatever token stands one further.
+    assert [
+        (asked if predicted not in (KEPT, MENDED) else MENDED, predicted) for asked, predicted in found
+    ] == wanted
 
 
 def test_a_rewritten_sentence_weighs_its_start_and_its_changes() -> None:
@@ -120,27 +150,30 @@ def test_every_task_learns_something_and_never_the_frame(task: str) -> None:
         frame, sentence, written = split(example)
         assert set(frame) == {0.0}
         assert sum(written) > 0 and example.ids[-1] in (END, KEEP)
-        if example.ids[-1] != KEEP:
+        if "sum" not in task:
             assert set(sentence) <= {0.0}
         assert 0 < len(example.ids) <= MAX_LENGTH and len(example.weights) == len(example.ids)
 
 
-@pytest.mark.parametrize("task", ["copy-few", "copy-more", "copy-all"])
-def test_random_copies_write_what_they_read(task: str) -> None:
-    for example in whole().pool(stage(task), 0, tokens=1000):
+def test_random_copies_write_what_they_read() -> None:
+    for example in whole().pool(stage("copy-random"), 0, tokens=1000):
         opened, closed = example.ids.index(SENTENCE), example.ids.index(CORRECTION)
         assert example.ids[closed + 1 :] == [*example.ids[opened + 1 : closed], END]
 
 
-def test_a_drill_predicts_results_and_what_ends_them() -> None:
-    for example in whole().pool(stage("sum-drill"), 0, tokens=1500):
-        assert example.ids[:3] == [QUESTION, PREFIX, SENTENCE] and CORRECTION not in example.ids
-        tokens = [tokenizer().id_to_token(id) for id in example.ids]
-        assert len(example.weights) == len(tokens) and set(example.weights) == {0.0, 1.0}
-        learned = [index for index, weight in enumerate(example.weights) if weight]
-        ends = [index for index in learned if not tokens[index].isdigit()]
-        assert len(ends) == 9  # one a sum
-        assert all(index - 1 in learned and tokens[index - 1].isdigit() for index in ends)
+def test_a_drill_predicts_results_and_judges_them() -> None:
+    verdicts = Counter[str]()
+    for example in whole().pool(stage("sum-drill"), 0, tokens=3000):
+        assert example.ids[:3] == [QUESTION, PREFIX, SENTENCE] and example.ids[-1] == CORRECTION
+        assert len(example.weights) == len(example.targets) == len(example.ids)
+        name = tokenizer().id_to_token
+        for seen, target, weight in zip(example.ids, example.targets, example.weights, strict=True):
+            if weight == 1.0:
+                verdicts[name(target)] += 1
+            elif weight > 0:
+                assert name(target).isdigit() and name(seen).isdigit()
+    assert set(verdicts) == {KEPT, MENDED}
+    assert 0.3 < verdicts[KEPT] / verdicts.total() < 0.7
 
 
 def test_copied_text_does_not_train_the_decision() -> None:
@@ -175,7 +208,7 @@ def test_a_pool_is_as_long_as_asked_and_one_example_at_most_over() -> None:
 
 
 def test_unknown_task_is_named_before_the_run() -> None:
-    whole().check(stage("rude", "copy-few"))
+    whole().check(stage("rude", "copy-random"))
     with pytest.raises(ValueError, match=r"stage 'stage': no rows for rood; tasks: .*rude"):
         whole().check(stage("rood", "polite"))
 
@@ -184,7 +217,9 @@ def test_unknown_task_is_named_before_the_run() -> None:
 def test_batches_hold_every_example_once_within_the_budget(
     lengths: list[int], tokens: int, seed: str
 ) -> None:
-    examples = [Example([number] * length, [1.0] * length) for number, length in enumerate(lengths)]
+    examples = [
+        Example([number] * length, [number] * length, [1.0] * length) for number, length in enumerate(lengths)
+    ]
     buckets = [48, 80, 192]
     batches = list(make_batches(examples, buckets=buckets, tokens=tokens, seed=seed))
     assert sorted(e.ids[0] for batch in batches for e in batch) == list(range(len(lengths)))
