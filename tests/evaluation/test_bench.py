@@ -21,7 +21,7 @@ def test_the_report_holds_every_way_with_its_forwards(tmp_path: Path) -> None:
     assert timings["guided, unchanged"].new_tokens == 41
     assert timings["prefill"].forwards == 1
     forwards = [timings[name].forwards for name in ("guided, 1 edit", "guided, 3 edits", "guided, 10 edits")]
-    assert forwards[0] == 2
+    assert 2 <= forwards[0] <= 3  # after an early edit the draft has to grow again
     assert forwards == sorted(forwards)
     assert timings["sentence 2"].forwards == timings["sentence 30"].forwards == 1
     for timing in report.timings:
