@@ -22,8 +22,8 @@ class SafeguardPolicy:
     A rewrite passes when it is near the original or a clean refusal. Near means a word-level
     similarity of at least `min_similarity` (0 turns the check off, as for models that rewrite
     freely). `max_growth` is how many times longer than the original it may be, `slack_chars` what is
-    free on top. A rewrite may put `max_changed_numbers` numbers in place of others (`None` turns that
-    check off): recomputing a result changes one. `allow_empty` lets a sentence be dropped.
+    free on top. A rewrite may put `max_changed_numbers` numbers in place of others, and lose none (`None`
+    turns that check off): recomputing a result changes one. `allow_empty` lets a sentence be dropped.
     `special_tokens` are strings that may not appear unless the answer has them.
     """
 
@@ -185,9 +185,12 @@ def _check_nearness(question: str, answer: str, proposed: str, policy: Safeguard
 def _check_numbers(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
     if policy.max_changed_numbers is None or not proposed.strip() or is_refusal(proposed):
         return None
+    old, new = _NUMBER.findall(answer), _NUMBER.findall(proposed)
     # Distinct ones: a wrong result may stand twice in a sentence, and is mended in both places.
-    old, new = set(_NUMBER.findall(answer)), set(_NUMBER.findall(proposed))
-    changed = max(len(old - new), len(new - old))
+    gone, come = len(set(old) - set(new)), len(set(new) - set(old))
+    if len(new) < len(old) and gone > come:
+        return _kept("numbers", f"of {len(old)} numbers only {len(new)} are left")
+    changed = max(gone, come)
     if changed <= policy.max_changed_numbers:
         return None
     return _kept("numbers", f"{changed} numbers differ from the original's")

@@ -145,10 +145,14 @@ def test_hostile_repetition_is_inspected_in_linear_time(unit: str) -> None:
         ("They pay 4 x 15 = 65 dollars.", "They pay 4 x 16 = 60 dollars.", True),
         ("They pay 4 x 15 = 65 dollars.", "They pay 4 x 15 = 65 dollars and 7 and 8 cents.", True),
         ("Pay 1,200.50 now, or 7 later.", "Pay 1,200.50 now, or 8 later.", False),
+        ("Jim ran 16 / 2 = 8 miles for an hour.", "Jim ran 16 miles in 2 hours for an hour.", True),
+        ("They pay 4 x 1 = 5 dollars.", "They pay 4 x 1 = 4 dollars.", False),
         ("In 1999, 2000 and 2001 it rained.", "I'm sorry, but I can't help with that.", False),
     ],
 )
-def test_more_than_one_other_number_is_not_a_correction(answer: str, proposed: str, kept: bool) -> None:
+def test_more_than_one_other_number_or_a_lost_one_is_not_a_correction(
+    answer: str, proposed: str, kept: bool
+) -> None:
     findings = inspect_correction("", answer, proposed)
     assert any(finding.check == "numbers" for finding in findings) is kept
     free = inspect_correction("", answer, proposed, policy=SafeguardPolicy(max_changed_numbers=None))
