@@ -13,6 +13,7 @@ except ImportError as error:
         name="langchain_core",
     ) from error
 
+from aligner_integrations.langchain.chat_model import AlignedChatModel
 from aligner_integrations.langchain.runnable import AlignerRunnable
 
-__all__ = ["AlignerRunnable"]
+__all__ = ["AlignedChatModel", "AlignerRunnable"]
