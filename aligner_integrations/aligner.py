@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 SafeguardMode: TypeAlias = Literal["keep_original", "off"]
 
 BUNDLED_MODEL = Path(__file__).parent / "models" / "tiny"
+# Within a rewrite the margin counts up to here, in logits: enough that copying does not stray, and not so
+# much that it undoes the edit.
+REWRITE_MARGIN = 2.0
 _WORD = re.compile(r"\w")
 
 
@@ -258,6 +261,7 @@ class Aligner:
     ) -> Decoded:
         """Decode a correction; whatever the backend raises becomes a `CorrectionFailedError`."""
         decode = draft_decode if self.decode_config.draft else greedy_decode
+        margin = self.decode_config.edit_margin
         try:
             return decode(
                 self.backend,
@@ -268,9 +272,9 @@ class Aligner:
                 max_new_tokens=max_new_tokens,
                 keep_id=self.keep_id,
                 cache=cache,
-                # With a keep token the margin is spent on that one decision: once the model means to
-                # edit, holding it to the copy would undo the edit.
-                draft_margin=None if self.keep_id is None else 0.0,
+                # With a keep token the margin is mostly spent on that one decision: once the model means
+                # to edit, holding it to the copy at any price would undo the edit.
+                draft_margin=None if self.keep_id is None else min(margin, REWRITE_MARGIN),
             )
         except AlignerError:
             raise

@@ -1,26 +1,28 @@
 """Figures of a sentence-level aligner on held-out rows, over the edit margin.
 
 Every row goes through `Aligner.correct_sentence`, safeguards included: a figure says what a reader
-would see. The margin changes one decision a row, so one pass gives the whole curve.
+would see. The margin changes one decision a row, which one pass shows for the whole curve; a row that is
+changed is rewritten at each margin that tells within a rewrite.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isnan
 from pathlib import Path
 
 import numpy as np
 
-from aligner_integrations.aligner import Aligner
+from aligner_integrations.aligner import REWRITE_MARGIN, Aligner
 from aligner_integrations.backends.base import Backend, Ids, KVCache, Logits
 from aligner_integrations.config import DecodeConfig
 from aligner_integrations.training.rows import Row, load_rows
 
-_MARGINS = tuple(step / 4 for step in range(33))
+_STEP = 0.5
+_MARGINS = tuple(step * _STEP for step in range(17))
 _WORD = re.compile(r"[a-z']+")
 _NUMBER = re.compile(r"\d[\d,]*\.?\d*|\.\d+")
 _RUDE_COUNT, _RUDE_ODDS = 6, 6.0
@@ -41,16 +43,21 @@ TARGETS: dict[str, float] = {
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One row: what is shown when the model's wish to change is followed, and how strong it is."""
+    """One row: how strong the model's wish to change it is, and what is shown where it is followed.
+
+    `changed_texts` holds that text for each margin from which on it is written.
+    """
 
     row: Row
-    changed_text: str
+    changed_texts: Mapping[float, str]
     score: float  # best other logit minus the keep token's, in logits
-    refused: bool  # a safeguard put the sentence back
+    refused: bool  # at margin 0 a safeguard put the sentence back
 
     def shown(self, margin: float) -> str:
         """Return what a reader sees at `margin`."""
-        return self.changed_text if self.score > margin else self.row.sentence
+        if self.score <= margin:
+            return self.row.sentence
+        return self.changed_texts[max(step for step in self.changed_texts if step <= margin)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,14 +143,16 @@ def evaluate(aligner: Aligner, data: Path, *, rows_a_task: int = 600) -> Report:
         if row.dev and row.task == "rude":
             references.setdefault(row.sentence, []).append(row.target or "")
     recorder = DecisionRecorder(aligner.backend, aligner.keep_id)
-    eager = Aligner(
+    recorded = Aligner(
         recorder,
         aligner.tokenizer,
         aligner.config,
         template=aligner.template,
-        decode=DecodeConfig(edit_margin=0.0),
         safeguards=aligner.safeguards,
     )
+    asked = min(aligner.decode_config.edit_margin, REWRITE_MARGIN)
+    steps = sorted({asked, *(margin for margin in _MARGINS if margin <= REWRITE_MARGIN)})
+    eager = {step: recorded.with_options(decode=DecodeConfig(edit_margin=step)) for step in steps}
     outcomes = [_outcome(eager, recorder, row) for row in choose(rows, rows_a_task)]
     return Report(tuple(outcomes), rude_words(rows), references)
 
@@ -204,12 +213,17 @@ class DecisionRecorder:
         return logits
 
 
-def _outcome(aligner: Aligner, recorder: DecisionRecorder, row: Row) -> Outcome:
+def _outcome(eager: Mapping[float, Aligner], recorder: DecisionRecorder, row: Row) -> Outcome:
+    """Correct `row` at margin 0 and, as far as it is still changed there, at each margin of `eager`."""
     recorder.score = None
-    correction = aligner.correct_sentence(row.question, row.prefix, row.sentence)
-    refused = any(finding.action == "kept_original" for finding in correction.findings)
+    first = eager[0.0].correct_sentence(row.question, row.prefix, row.sentence)
+    refused = any(finding.action == "kept_original" for finding in first.findings)
     score = -np.inf if recorder.score is None else recorder.score
-    return Outcome(row, correction.text, score, refused)
+    texts = {0.0: first.text}
+    for margin, aligner in eager.items():
+        if 0.0 < margin < score:
+            texts[margin] = aligner.correct_sentence(row.question, row.prefix, row.sentence).text
+    return Outcome(row, texts, score, refused)
 
 
 def _share(hits: Iterable[bool]) -> float:

@@ -33,7 +33,7 @@ SURE = 100.0
 def outcome(task: str, sentence: str, shown: str, target: str | None = None, **more: float | str) -> Outcome:
     source, prefix = str(more.get("source", "")), str(more.get("prefix", ""))
     row = Row(task, "Why?", prefix, sentence, target, dev=True, source=source)
-    return Outcome(row, shown, float(more.get("score", SURE)), refused=False)
+    return Outcome(row, {0.0: shown}, float(more.get("score", SURE)), refused=False)
 
 
 def report(*outcomes: Outcome) -> Report:
@@ -125,11 +125,23 @@ SCORED = st.lists(
 @given(SCORED)
 def test_kept_shares_rise_with_the_margin_and_changed_ones_fall(outcomes: list[Outcome]) -> None:
     curve = report(*outcomes).curve()
-    assert [margin for margin, _ in curve] == [step / 4 for step in range(33)]
+    assert [margin for margin, _ in curve] == [step / 2 for step in range(17)]
     for name in TARGETS:
         shares = [figures[name] for _, figures in curve]
         if not math.isnan(shares[0]):
             assert shares == sorted(shares, reverse=not name.endswith("kept")), name
+
+
+def test_a_rewrite_is_the_one_of_its_margin() -> None:
+    row = Row("sum-wrong", "", "", "1+1=3", "1+1=2", dev=True)
+    rewritten = Outcome(row, {0.0: "1+9=2", 1.0: "1+1=2"}, score=3.0, refused=False)
+    assert [rewritten.shown(margin) for margin in (0.0, 0.5, 1.0, 2.5)] == [
+        "1+9=2",
+        "1+9=2",
+        "1+1=2",
+        "1+1=2",
+    ]
+    assert rewritten.shown(3.0) == row.sentence
 
 
 @given(SCORED)
