@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from aligner_integrations import Aligner, DecodeConfig
-from aligner_integrations.aligner import BUNDLED_MODEL
+from aligner_integrations.aligner import BUNDLED_MODEL, REWRITE_MARGIN
+from aligner_integrations.decode import draft_decode
 
 RECORDED = Path(__file__).parent / "data" / "recorded_answers.jsonl.gz"
 
@@ -60,6 +61,44 @@ def test_ordinary_answers_stay_at_one_forward_a_sentence(
                     assert segment.stats.forwards == 1
     assert sentences > 200
     assert kept / sentences >= 0.97
+
+
+@pytest.mark.parametrize(
+    ("sentence", "mended"),
+    [
+        ("The farmer now has 56-14 = 420 cows.", "The farmer now has 56-14 = 42 cows."),
+        (
+            "His mother can bake 8 x 7 = 46 pies for 7 days.",
+            "His mother can bake 8 x 7 = 56 pies for 7 days.",
+        ),
+        ("The farmer now has 56-14 = 42 cows.", "The farmer now has 56-14 = 42 cows."),
+        (
+            "this happens every fucking time a new gta game comes out .",
+            "this happens every time a new gta game comes out .",
+        ),
+    ],
+)
+def test_it_mends_wrong_sums_and_rude_words(aligner: Aligner, sentence: str, mended: str) -> None:
+    assert aligner.correct_sentence("", "", sentence).text == mended
+
+
+def test_a_rewrite_is_held_to_the_copy_by_the_margin_up_to_its_limit(aligner: Aligner) -> None:
+    sentence = "The farmer now has 56-14 = 420 cows."
+    prompt = aligner.encode_prompt("", "", sentence, "")
+    reference = aligner.tokenizer.encode_text(sentence)
+    for margin in (0.0, 1.5, 4.0):
+        decode = DecodeConfig(edit_margin=margin)
+        wanted = draft_decode(
+            aligner.backend,
+            prompt,
+            reference,
+            config=decode,
+            eos_id=aligner.tokenizer.eos_id,
+            max_new_tokens=64,
+            keep_id=aligner.keep_id,
+            draft_margin=min(margin, REWRITE_MARGIN),
+        )
+        assert aligner.with_options(decode=decode).run(prompt, reference, 64).ids == wanted.ids
 
 
 def test_drafted_and_plain_decoding_write_the_same(aligner: Aligner, answers: list[tuple[str, str]]) -> None:
