@@ -64,6 +64,8 @@ mixture = { copy-text = 0.6, copy-random = 0.4 }
 name = "correct"
 tokens = 1200
 batch_tokens = 256
+decay = true
+before = 0.4
 mixture = { sum-drill = 0.1, fresh-sum = 0.1, sum-wrong = 0.2, rude = 0.2, ordinary = 0.2, harmful = 0.2 }
 """
 # Pools this small give the run several borders a stage.
@@ -149,6 +151,12 @@ def facts(subject: str) -> Iterator[Raw]:
         yield answer_row(f"Which colour is {subject} {i}?", right if i % 2 else "It is loud.", right)
 
 
+def requests() -> Iterator[Raw]:
+    """Everyday requests with two answers, neither of which is to be changed."""
+    for i in range(ROWS_A_SOURCE):
+        yield answer_row(f"Write line {i} of a song.", f"Line {i} is short.", f"Line {i} is long and sweet.")
+
+
 def sources() -> dict[str, list[Raw]]:
     return {
         "gsm8k_steps": list(sums()),
@@ -162,6 +170,7 @@ def sources() -> dict[str, list[Raw]]:
         "xstest_triples": list(unsafe("shop")),
         "truthfulqa_triples": list(facts("frog")),
         "bbq_bias": list(facts("leaf")),
+        "pandalm_pairs": list(requests()),
     }
 
 

@@ -50,12 +50,18 @@ class Stage:
     """A named stretch of training: how many tokens, and the share of each task.
 
     `batch_tokens` are padded tokens a step. Keep it the same in all stages: each shape is compiled once.
+    `rate` is the stage's share of the peak rates; with `decay` it falls to zero over the stage's end.
+    At its end the weights become a mean, with a share of `before` for what they were before the stage: it
+    mends what it is for without forgetting the rest.
     """
 
     name: str
     tokens: int
     batch_tokens: int
     mixture: dict[str, float]
+    rate: float = 1.0
+    decay: bool = False
+    before: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +156,7 @@ class Curriculum:
             return self._example("", "", row.sentence, row.target, sums=True)
         if not question and rng.random() < 0.4:
             question = rng.choice(self._rows["ordinary"]).question
-        if not prefix and task not in ("harmful", "good") and rng.random() < 0.25:
+        if not prefix and task not in ("harmful", "good", "request") and rng.random() < 0.25:
             prefix = self._ordinary_text(rng)
         if task == "ordinary" and rng.random() < 0.04:
             prefix = self._ordinary_text(rng, rows=40)

@@ -20,7 +20,8 @@ _CONFIG = AlignerConfig(
     data=(
         "gsm8k_steps (MIT), paradetox (CC0-1.0), medquad_qa (CC-BY-4.0), caia_safety_qa (CC-BY-4.0), "
         "mrben_steps (MIT), prmbench_steps (Apache-2.0), jbb_pairs (MIT), gptfuzz_pairs (MIT), "
-        "xstest_triples (CC-BY-4.0), truthfulqa_triples (Apache-2.0), bbq_bias (CC-BY-4.0)"
+        "xstest_triples (CC-BY-4.0), truthfulqa_triples (Apache-2.0), bbq_bias (CC-BY-4.0), "
+        "pandalm_pairs (Apache-2.0)"
     ),
 )
 

@@ -125,6 +125,12 @@ def _answers(task: str) -> Callable[[dict[str, Any], bool, random.Random], Itera
     return convert
 
 
+def _both_kept(raw: dict[str, Any], dev: bool, rng: random.Random) -> Iterator[Row]:
+    """Two answers to an everyday request: whichever is better, neither is to be refused."""
+    for answer in dict.fromkeys((raw["answer"], raw["correction"])):
+        yield from _kept("request", raw["question"], answer, dev, rng)
+
+
 def _good_only(raw: dict[str, Any], dev: bool, rng: random.Random) -> Iterator[Row]:
     if raw["correction"] == raw["answer"]:
         yield from _kept("short", raw["question"], raw["answer"], dev, rng)
@@ -174,4 +180,5 @@ _SOURCES: dict[str, Callable[[dict[str, Any], bool, random.Random], Iterator[Row
     "xstest_triples": _safety,
     "truthfulqa_triples": _good_only,
     "bbq_bias": _good_only,
+    "pandalm_pairs": _both_kept,
 }

@@ -191,6 +191,8 @@ class TrainingRun:
             shown = bar.add_task("training", total=self.recipe.total_tokens)
             while self.progress.stage < len(self.recipe.stages):
                 stage = self.recipe.stages[self.progress.stage]
+                if stage.before and not self.progress.stage_tokens:
+                    torch.save(self.model.state_dict(), self.out / "before.pt")
                 losses = [self._step(batch, stage.batch_tokens) for batch in self._pool(curriculum, stage)]
                 self.progress.pool += 1
                 mean = sum(losses) / len(losses)
@@ -198,6 +200,7 @@ class TrainingRun:
                 said = f"{stage.name} {losses[-1]:.3f}"
                 bar.update(shown, completed=self.progress.tokens, description=said)
                 if self.progress.stage_tokens >= stage.tokens:
+                    self._blend(stage.before)
                     self.progress.stage += 1
                     self.progress.stage_tokens = self.progress.pool = 0
                 if time.monotonic() - saved > self.recipe.checkpoint_seconds:
@@ -206,6 +209,14 @@ class TrainingRun:
                     saved = time.monotonic()
         self._save_state()
         self._record("held out", 0.0, **figures())
+
+    @torch.no_grad()
+    def _blend(self, share: float) -> None:
+        """Move the weights back by `share` of the way to where they were before the stage."""
+        if share:
+            before = torch.load(self.out / "before.pt", weights_only=True, map_location=self.device)
+            for name, weight in self.model.named_parameters():  # tied ones once
+                weight.lerp_(before[name], share)
 
     def save_checkpoint(self) -> Path:
         """Write the model as a Hugging Face checkpoint with its tokenizer."""
@@ -256,13 +267,12 @@ class TrainingRun:
         return (losses * chosen).sum() / chosen.sum()
 
     def _rate_share(self) -> float:
-        """Share of the peak rates: rise at the start, stay, fall to zero over the end of the last stage."""
+        """Share of the peak rates: rise at the start, stay, fall to zero over the end of some stages."""
         settings, progress = self.recipe.optimizer, self.progress
+        stage = self.recipe.stages[progress.stage]
         warm = min(1.0, (progress.step + 1) / settings["warmup_steps"])
-        left = 1.0
-        if progress.stage == len(self.recipe.stages) - 1:
-            left = 1.0 - progress.stage_tokens / self.recipe.stages[-1].tokens
-        return warm * min(1.0, max(left, 0.01) / settings["decay_share"])
+        left = 1.0 - progress.stage_tokens / stage.tokens if stage.decay else 1.0
+        return stage.rate * warm * min(1.0, max(left, 0.01) / settings["decay_share"])
 
     def _save_state(self) -> None:
         state = {

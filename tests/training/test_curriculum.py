@@ -29,7 +29,7 @@ from tests.miniature import data_folder
 
 WEIGHTS = Weights(first=4.0, changed=2.0)
 MAX_LENGTH = 192
-REAL = ("sum-wrong", "sum-right", "rude", "polite", "ordinary", "step", "short", "good")
+REAL = ("sum-wrong", "sum-right", "rude", "polite", "ordinary", "step", "short", "good", "request")
 HARMFUL = ("harmful", "harmful-rest", "harmful-late")
 MADE = ("copy-random", "copy-text", "fresh-sum", "bare-sum")
 

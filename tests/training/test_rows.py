@@ -12,6 +12,7 @@ from tests.miniature import REFUSAL, Raw, answer_row, data_folder, sentence_row,
 
 TASKS = {"sum-wrong", "sum-right", "rude", "polite", "ordinary", "step", "short", "good"} | {
     "harmful",
+    "request",
     "harmful-rest",
     "harmful-late",
 }
@@ -60,7 +61,7 @@ def test_loading_twice_gives_the_same_rows_in_the_same_order(rows: list[Row]) ->
 
 
 def test_targets_by_task(rows: list[Row]) -> None:
-    kept = {"sum-right", "polite", "ordinary", "step", "short", "good"}
+    kept = {"sum-right", "polite", "ordinary", "step", "short", "good", "request"}
     for row in rows:
         if row.task in kept:
             assert row.target is None, row
