@@ -182,6 +182,25 @@ class StreamCorrector:
         delivered, self._ready = self._ready, []
         return delivered
 
+    def feed(self, text: str) -> bool:
+        """Take text as `push` does, but correct nothing yet; return whether anything waits for it.
+
+        `push("")` then does the rest. So an event loop needs a thread only where a model has work.
+        """
+        self._take(text)
+        return bool(self._pending or self._ready)
+
+    def release(self) -> list[Segment]:
+        """End the answer; return what is left of it as it came, uncorrected."""
+        if self._closed:
+            return []
+        self._take_end()
+        for piece in self._pending:
+            self._ready.append(self._as_segment(self._aligner.untouched(self._question, str(piece))))
+        delivered = self._ready
+        self._release()
+        return delivered
+
     def close(self) -> list[Segment]:
         """End the answer; return what is left of it, corrected. A second call returns nothing.
 

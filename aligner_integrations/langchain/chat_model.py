@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
+from functools import partial
 from typing import Any, Literal, Self, cast
 
-from langchain_core.callbacks import (
-    AsyncCallbackManager,
-    AsyncCallbackManagerForLLMRun,
-    CallbackManager,
-    CallbackManagerForLLMRun,
-)
-from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput, ModelProfile
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
@@ -23,11 +19,24 @@ from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from aligner_integrations.aligner import Aligner
 from aligner_integrations.correction import Segment
-from aligner_integrations.langchain.messages import MessageStream, correct_message, slices
+from aligner_integrations.langchain.answers import slices
+from aligner_integrations.langchain.jobs import Steps, apart, arun, inside, run
+from aligner_integrations.langchain.messages import MessageStream, correct_message
+from aligner_integrations.langchain.options import CorrectionOptions, load_bundled
 from aligner_integrations.langchain.question import question_text
-from aligner_integrations.langchain.runnable import load_bundled
+from aligner_integrations.langchain.upstream import (
+    as_chunk,
+    as_result,
+    astream_chunks,
+    child_config,
+    stream_chunks,
+)
 from aligner_integrations.resilience import WITHHELD_TEXT, OnError
 from aligner_integrations.stream import StreamCorrector
+
+# By these a caller asks a provider for structured output; what comes is data, not prose.
+_STRUCTURED = ("response_format", "response_schema", "response_json_schema", "output_format", "format")
+_OPTIONS = ("aligner", "on_error", "withheld_text", "feedback", "edit_margin")
 
 
 class AlignedChatModel(BaseChatModel):
@@ -36,7 +45,8 @@ class AlignedChatModel(BaseChatModel):
     The call of the wrapped model is not a run of its own: no callback, tracer, LangGraph stream or event
     stream hears of it, unless `trace_original` is set. Tool calls, reasoning and other blocks, ids, metadata
     and usage are the wrapped model's. What the aligner itself cost is in `response_metadata["aligner"]`.
-    Structured output (`with_structured_output`) is left alone. The question is the last human message.
+    Structured output (`with_structured_output`, `response_format=...`) is left alone. The question is the
+    last human message.
 
     Args:
         model: The chat model to wrap.
@@ -47,6 +57,10 @@ class AlignedChatModel(BaseChatModel):
         withheld_text: Stands for a sentence that was withheld.
         feedback: Tells the aligner what to look for.
         edit_margin: Overrides the model's own margin, in logits.
+        thoughts: Whether text beside tool calls is corrected too. Without it, the sentence that a tool call
+            ends stays as it is, and so does what comes after the call. While a text streams nobody knows
+            whether a tool call will follow, so earlier sentences are corrected in any case.
+        sink: Called with every segment once it is corrected. In async runs it is called in a worker thread.
         trace_original: Let callbacks and tracers see the wrapped model's run, raw text included: as a child
             of this model's run, or beside it while streaming.
     """
@@ -60,9 +74,12 @@ class AlignedChatModel(BaseChatModel):
     withheld_text: str = WITHHELD_TEXT
     feedback: str = ""
     edit_margin: float | None = Field(default=None, ge=0.0)
+    thoughts: bool = True
+    sink: Callable[[Segment], None] | None = Field(default=None, exclude=True)
     trace_original: bool = False
+    _structured: bool = PrivateAttr(default=False)
     # Of one stream under `trace_original`: langchain-core tells `_stream` nothing of the run it belongs to.
-    _stream_config: RunnableConfig | None = PrivateAttr(default=None)
+    _traced: RunnableConfig | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _take_after_the_model(self) -> Self:
@@ -77,10 +94,19 @@ class AlignedChatModel(BaseChatModel):
         return f"aligned-{self.model._llm_type}"
 
     @property
+    def model_name(self) -> str:
+        """The wrapped model's name, where callers look for it."""
+        names = (getattr(self.model, name, None) for name in ("model_name", "model", "model_id"))
+        return next((name for name in names if isinstance(name, str) and name), self.model._llm_type)
+
+    def _resolve_model_profile(self) -> ModelProfile | None:
+        return self.model.profile
+
+    @property
     def _identifying_params(self) -> dict[str, Any]:
         """What tells answers apart in a cache: the wrapped model, the aligner, and how it corrects."""
         aligner = self.aligner or load_bundled()
-        own = ("loop", "on_error", "withheld_text", "feedback", "edit_margin")
+        own = ("loop", "on_error", "withheld_text", "feedback", "edit_margin", "thoughts")
         return {
             "model": {"type": self.model._llm_type, **self.model._identifying_params},
             "aligner": asdict(aligner.config),
@@ -103,11 +129,15 @@ class AlignedChatModel(BaseChatModel):
             NotImplementedError: the wrapped model binds no tools, or in a way that cannot be followed.
         """
         bound = self.model.bind_tools(tools, **kwargs)
-        if isinstance(bound, BaseChatModel):
-            return self.model_copy(update={"model": bound})
-        if isinstance(bound, RunnableBinding) and isinstance(bound.bound, BaseChatModel):
-            aligned = self.model_copy(update={"model": bound.bound})
-            return cast(Runnable[LanguageModelInput, AIMessage], aligned.bind(**bound.kwargs))
+        inner = bound.bound if isinstance(bound, RunnableBinding) else bound
+        if isinstance(inner, BaseChatModel):
+            aligned = self.model_copy(update={"model": inner})
+            # Seen here, because the wrapped model may bind it under a name of its provider's.
+            aligned._structured = _is_structured(kwargs)
+            if inner is bound:
+                return aligned
+            given = cast(RunnableBinding[Any, Any], bound).kwargs
+            return cast(Runnable[LanguageModelInput, AIMessage], aligned.bind(**given))
         raise NotImplementedError(
             f"{type(self.model).__name__}.bind_tools gives a {type(bound).__name__}, which cannot be "
             "wrapped; give AlignedChatModel a model whose bind_tools gives a chat model or a binding of one"
@@ -146,7 +176,7 @@ class AlignedChatModel(BaseChatModel):
             return self
         copy = self.model_copy()
         given = ensure_config(config)
-        copy._stream_config = {"callbacks": given.get("callbacks"), "metadata": given.get("metadata") or {}}
+        copy._traced = {"callbacks": given.get("callbacks"), "metadata": given.get("metadata") or {}}
         return copy
 
     def _generate(
@@ -157,11 +187,11 @@ class AlignedChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         if self.trace_original and run_manager:
-            config = _child_config(run_manager)
-            result = _result(self.model.invoke(messages, config, stop=stop, **kwargs))
+            config = child_config(run_manager)
+            result = as_result(self.model.invoke(messages, config, stop=stop, **kwargs))
         else:
             result = self.model._generate_with_cache(messages, stop=stop, **kwargs)
-        return self._corrected(messages, result)
+        return apart(partial(self._corrected, messages, result, kwargs))
 
     async def _agenerate(
         self,
@@ -171,11 +201,11 @@ class AlignedChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         if self.trace_original and run_manager:
-            config = _child_config(run_manager)
-            result = _result(await self.model.ainvoke(messages, config, stop=stop, **kwargs))
+            config = child_config(run_manager)
+            result = as_result(await self.model.ainvoke(messages, config, stop=stop, **kwargs))
         else:
             result = await self.model._agenerate_with_cache(messages, stop=stop, **kwargs)
-        return await asyncio.to_thread(self._corrected, messages, result)
+        return await asyncio.to_thread(apart, partial(self._corrected, messages, result, kwargs))
 
     def _stream(
         self,
@@ -184,13 +214,12 @@ class AlignedChatModel(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        correction = _Correction(self, messages)
-        stream = MessageStream(correction.open)
-        with closing(self._upstream(messages, stop, kwargs)) as chunks:
+        correction = _Correction(self, messages, kwargs)
+        with closing(stream_chunks(self.model, messages, self._traced, stop=stop, **kwargs)) as chunks:
             for chunk in chunks:
                 for piece in slices(chunk):
-                    yield from _generations(stream.push(piece))
-        yield from _generations([*stream.close(), *correction.receipt()])
+                    yield from _generations(run(correction.push(piece)))
+        yield from _generations([*run(correction.close()), *correction.receipt()])
 
     async def _astream(
         self,
@@ -199,137 +228,100 @@ class AlignedChatModel(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        correction = _Correction(self, messages)
-        stream = MessageStream(correction.open)
-        async with aclosing(self._aupstream(messages, stop, kwargs)) as chunks:
+        correction = _Correction(self, messages, kwargs)
+        upstream = astream_chunks(self.model, messages, self._traced, stop=stop, **kwargs)
+        async with aclosing(upstream) as chunks:
             async for chunk in chunks:
                 for piece in slices(chunk):
-                    for part in _generations(await asyncio.to_thread(stream.push, piece)):
+                    for part in _generations(await arun(correction.push(piece))):
                         yield part
-        for part in _generations([*await asyncio.to_thread(stream.close), *correction.receipt()]):
+        for part in _generations([*await arun(correction.close()), *correction.receipt()]):
             yield part
 
-    def _upstream(
-        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]
-    ) -> Generator[BaseMessage]:
-        """Yield the wrapped model's chunks, without their sign of being last: more is to come."""
-        if self._stream_config is not None:
-            traced = self.model.stream(messages, self._stream_config, stop=stop, **kwargs)
-            with closing(cast(Any, traced)) as chunks:
-                yield from map(_open_ended, chunks)
-        elif self.model._should_stream(async_api=False, **{**kwargs, "stream": True}):
-            if self.model.rate_limiter:
-                self.model.rate_limiter.acquire(blocking=True)
-            with closing(cast(Any, self.model._stream(messages, stop=stop, **kwargs))) as generations:
-                yield from map(_message, generations)
-        else:
-            result = self.model._generate_with_cache(messages, stop=stop, **kwargs)
-            yield _as_chunk(result.generations[0].message)
-
-    async def _aupstream(
-        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: dict[str, Any]
-    ) -> AsyncGenerator[BaseMessage]:
-        if self._stream_config is not None:
-            traced = self.model.astream(messages, self._stream_config, stop=stop, **kwargs)
-            async with aclosing(cast(Any, traced)) as chunks:
-                async for chunk in chunks:
-                    yield _open_ended(chunk)
-        elif self.model._should_stream(async_api=True, **{**kwargs, "stream": True}):
-            if self.model.rate_limiter:
-                await self.model.rate_limiter.aacquire(blocking=True)
-            async with aclosing(cast(Any, self.model._astream(messages, stop=stop, **kwargs))) as generations:
-                async for generation in generations:
-                    yield _message(generation)
-        else:
-            result = await self.model._agenerate_with_cache(messages, stop=stop, **kwargs)
-            yield _as_chunk(result.generations[0].message)
-
-    def _corrected(self, messages: list[BaseMessage], result: ChatResult) -> ChatResult:
+    def _corrected(
+        self, messages: list[BaseMessage], result: ChatResult, kwargs: Mapping[str, Any]
+    ) -> ChatResult:
         """Return a result with the text of each generation corrected."""
         generations = []
         for generation in result.generations:
-            correction = _Correction(self, messages)
-            message = correct_message(generation.message, correction.open)
-            for receipt in correction.receipt():
-                message.response_metadata = {**message.response_metadata, **receipt.response_metadata}
+            correction = _Correction(self, messages, kwargs)
+            message = correction.correct(generation.message)
             generations.append(ChatGeneration(message=message, generation_info=generation.generation_info))
         return ChatResult(generations=generations, llm_output=result.llm_output)
 
 
-@dataclass(slots=True)
 class _Correction:
     """The correction of one answer: its question, and what it cost."""
 
-    model: AlignedChatModel
-    messages: list[BaseMessage]
-    segments: list[Segment] = field(default_factory=list)
+    def __init__(
+        self, model: AlignedChatModel, messages: list[BaseMessage], kwargs: Mapping[str, Any]
+    ) -> None:
+        self._options = CorrectionOptions(**{name: getattr(model, name) for name in _OPTIONS})
+        self._messages = messages
+        self._thoughts = model.thoughts
+        self._sink = inside(model.sink)
+        self._left_alone = model._structured or _is_structured(kwargs)
+        self._segments: list[Segment] = []
+        self._stream = MessageStream(self._open, thoughts=model.thoughts)
 
-    def open(self, text: str, message_id: str | None) -> StreamCorrector:
-        """Return a corrector for one text of the answer."""
-        aligned = self.model
-        aligner = aligned.aligner or load_bundled()
-        if aligned.edit_margin is not None:
-            decode = replace(aligner.decode_config, edit_margin=aligned.edit_margin)
-            aligner = aligner.with_options(decode=decode)
-        return aligner.stream(
-            question_text(self.messages),
-            feedback=aligned.feedback,
-            on_error=aligned.on_error,
-            withheld_text=aligned.withheld_text,
-            sink=self.segments.append,
-        )
+    def push(self, chunk: BaseMessage) -> Steps[list[BaseMessage]]:
+        """Take a chunk of the answer; what can be sent comes of it."""
+        return [chunk] if self._left_alone else (yield from self._stream.push(chunk))
+
+    def close(self) -> Steps[list[BaseMessage]]:
+        """End the answer; what is left of it comes of it."""
+        return (yield from self._stream.close())
+
+    def correct(self, message: BaseMessage) -> BaseMessage:
+        """Return a finished answer corrected, with the receipt."""
+        if not self._left_alone:
+            message = correct_message(message, self._open, thoughts=self._thoughts)
+        metadata = dict(message.response_metadata)
+        for receipt in self.receipt():
+            metadata |= receipt.response_metadata
+        return message.model_copy(update={"response_metadata": metadata})
 
     def receipt(self) -> list[AIMessageChunk]:
         """Return a chunk without text that says what the correction cost; none if there was no text."""
-        if not self.segments:
+        said: dict[str, Any]
+        if self._left_alone:
+            said = {"sentences": 0, "left_alone": "structured output"}
+        elif not self._segments:
             return []
-        stats = [segment.stats for segment in self.segments]
-        cost = {
-            "sentences": len(self.segments),
-            "changed": sum(segment.changed for segment in self.segments),
-            "failed": sum(any(f.check == "correction_failed" for f in s.findings) for s in self.segments),
-            "forwards": sum(one.forwards for one in stats),
-            "prompt_tokens": sum(one.prompt_tokens - one.cached_tokens for one in stats),
-            "new_tokens": sum(one.new_tokens for one in stats),
-            "seconds": sum(one.seconds for one in stats),
-            "provider": stats[-1].provider,
-            "on_error": self.model.on_error,
-        }
-        return [AIMessageChunk(content="", response_metadata={"aligner": cost})]
+        else:
+            said = _cost(self._segments) | {"on_error": self._options.on_error}
+        return [AIMessageChunk(content="", response_metadata={"aligner": said})]
+
+    def _open(self, text: str, message_id: str | None) -> StreamCorrector:
+        """Return a corrector for one text of the answer."""
+        return self._options.open(question_text(self._messages), self._note)
+
+    def _note(self, segment: Segment) -> None:
+        self._segments.append(segment)
+        if self._sink is not None:
+            self._sink(segment)
 
 
-def _child_config(run_manager: CallbackManagerForLLMRun | AsyncCallbackManagerForLLMRun) -> RunnableConfig:
-    """Return a config under which the wrapped model's run is a child of this one."""
-    sync = isinstance(run_manager, CallbackManagerForLLMRun)
-    kind: Callable[..., Any] = CallbackManager if sync else AsyncCallbackManager
-    handlers = run_manager.inheritable_handlers
-    manager = kind(handlers=handlers, inheritable_handlers=handlers, parent_run_id=run_manager.run_id)
-    return {"callbacks": manager}
+def _cost(segments: Sequence[Segment]) -> dict[str, Any]:
+    stats = [segment.stats for segment in segments]
+    return {
+        "sentences": len(segments),
+        "changed": sum(segment.changed for segment in segments),
+        "failed": sum(any(f.check == "correction_failed" for f in s.findings) for s in segments),
+        "forwards": sum(one.forwards for one in stats),
+        "prompt_tokens": sum(one.prompt_tokens - one.cached_tokens for one in stats),
+        "new_tokens": sum(one.new_tokens for one in stats),
+        "seconds": sum(one.seconds for one in stats),
+        "provider": stats[-1].provider,
+    }
 
 
-def _result(message: AIMessage) -> ChatResult:
-    return ChatResult(generations=[ChatGeneration(message=message)])
-
-
-def _message(generation: ChatGenerationChunk) -> BaseMessage:
-    """Return a chunk's message with what stands beside it among its metadata."""
-    message = generation.message
-    metadata = {**(generation.generation_info or {}), **message.response_metadata}
-    return _open_ended(message.model_copy(update={"response_metadata": metadata}))
-
-
-def _open_ended(message: BaseMessage) -> BaseMessage:
-    if getattr(message, "chunk_position", None) is None:
-        return message
-    return message.model_copy(update={"chunk_position": None})
-
-
-def _as_chunk(message: BaseMessage) -> AIMessageChunk:
-    given = {name: getattr(message, name) for name in type(message).model_fields if name != "type"}
-    return AIMessageChunk(**given)
+def _is_structured(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call's options ask for structured output."""
+    asked = (kwargs.get(name) for name in _STRUCTURED)
+    return any(each is not None and each != {"type": "text"} for each in asked)
 
 
 def _generations(messages: Sequence[BaseMessage]) -> Iterator[ChatGenerationChunk]:
     for message in messages:
-        chunk = message if isinstance(message, AIMessageChunk) else _as_chunk(message)
-        yield ChatGenerationChunk(message=chunk)
+        yield ChatGenerationChunk(message=as_chunk(message))

@@ -1,70 +1,37 @@
-"""Correct the text in what a chain passes on, and leave everything else as it came.
+"""Correct the text of messages, and leave everything else as it came.
 
-An answer arrives as text, as a message, or as a mapping with an `answer` in it, whole or in chunks.
-Each kind has a stream here with the same two methods: `push(chunk)` returns what can be sent now and
-`close()` returns the rest. What was pushed and what comes out join to the same thing, apart from the
-corrected text: metadata, usage, tool calls and other blocks are passed on once, unchanged and in order.
+What is pushed into a stream and what comes out join to the same message, apart from the corrected text:
+metadata, usage, tool calls and other blocks are passed on once, unchanged and in order.
 """
 
 from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol, TypeAlias, cast
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias, cast
 
 from langchain_core.messages import BaseMessage, BaseMessageChunk
-from langchain_core.runnables.utils import AddableDict
 
 from aligner_integrations.correction import Segment
+from aligner_integrations.langchain.jobs import Steps
 from aligner_integrations.stream import StreamCorrector
 
 # Opens a corrector for an answer that begins with this text, in the message with this id.
 OpenCorrector: TypeAlias = Callable[[str, str | None], StreamCorrector]
 
 _Block: TypeAlias = dict[str, Any]
-# A long chunk is taken in pieces of this many characters, so that its first sentence goes out first.
-_SLICE = 256
 
 # What a message is cut into: text, content blocks, and the message itself less its content.
 _Part: TypeAlias = str | _Block | BaseMessageChunk
 
 _TEXT_KEYS = frozenset({"type", "text", "index", "id"})
+# Blocks by which a model calls the user's tools, as providers name them. What a provider runs itself
+# (a web search) is part of the answer.
+_CALLS = frozenset({"tool_call", "tool_call_chunk", "invalid_tool_call", "tool_use", "function_call"})
+_CALL_FIELDS = ("tool_calls", "invalid_tool_calls", "tool_call_chunks")
 # Chunks with nothing but these carry no more than their text.
 _PLAIN_FIELDS = frozenset({"content", "type", "id", "name", "role"})
-
-
-class AnswerStream(Protocol):
-    """An answer that is being corrected while it comes."""
-
-    def push(self, chunk: Any) -> list[Any]:
-        """Take a chunk and return what is ready."""
-        ...
-
-    def close(self) -> list[Any]:
-        """Return what is left."""
-        ...
-
-
-class TextStream:
-    """Text in, corrected sentences out."""
-
-    def __init__(self, open_corrector: OpenCorrector) -> None:
-        self._open = open_corrector
-        self._corrector: StreamCorrector | None = None
-
-    def push(self, chunk: str) -> list[str]:
-        if not isinstance(chunk, str):
-            raise TypeError(f"a stream of text goes on with {type(chunk).__name__}; give str chunks only")
-        if not chunk:
-            return []
-        if self._corrector is None:
-            self._corrector = self._open(chunk, None)
-        return [segment.text for segment in self._corrector.push(chunk) if segment.text]
-
-    def close(self) -> list[str]:
-        corrector, self._corrector = self._corrector, None
-        return [segment.text for segment in corrector.close() if segment.text] if corrector else []
 
 
 class MessageStream:
@@ -73,10 +40,14 @@ class MessageStream:
     One text runs at a time: a string content, or a text block. It ends when another block begins, when
     the chunk says that it is the last, or when the input ends. What is not text waits until the text
     before it has gone out, so the order never changes.
+
+    Without `thoughts` the sentence that a tool call ends, and what comes after the call, stay as they are.
     """
 
-    def __init__(self, open_corrector: OpenCorrector) -> None:
+    def __init__(self, open_corrector: OpenCorrector, *, thoughts: bool = True) -> None:
         self._open = open_corrector
+        self._thoughts = thoughts
+        self._calling = False  # a tool call has begun, and thoughts are left alone
         self._corrector: StreamCorrector | None = None
         self._slot: object = None  # which text runs: None for string content, else its block's index
         self._frame: _Block | None = None  # the running text's block without its text
@@ -85,40 +56,51 @@ class MessageStream:
         self._held: deque[tuple[int, _Part]] = deque()  # what waits, and after how much text it came
         self._latest: BaseMessageChunk | None = None
 
-    def push(self, chunk: BaseMessage) -> list[BaseMessage]:
+    def push(self, chunk: BaseMessage) -> Steps[list[BaseMessage]]:
         if not isinstance(chunk, BaseMessage):
             raise TypeError(f"a stream of messages goes on with {type(chunk).__name__}; give messages only")
         if not isinstance(chunk, BaseMessageChunk):
-            return [*self.close(), correct_message(chunk, self._open)]
+            rest = yield from self.close()
+            whole = functools.partial(correct_message, chunk, self._open, thoughts=self._thoughts)
+            return [*rest, (yield whole)]
         self._latest = chunk
         blocks = [chunk.content] if isinstance(chunk.content, str) else chunk.content
         before = self._received
-        parts = [part for block in blocks for part in self._take(block, chunk.id)]
+        parts: list[_Part] = []
+        for block in blocks:
+            parts += yield from self._take(block, chunk.id)
+        if not self._thoughts and getattr(chunk, "tool_call_chunks", None):
+            parts += self._leave()
         if getattr(chunk, "chunk_position", None) == "last":
-            parts += self._finish()
+            parts += yield from self._finish()
+            self._calling = False
         # An empty chunk is a sign of life: it goes on, unless it only carried text that now waits.
         if _carries_more(chunk) or (self._received == before and not parts and not self._held):
             empty: str | list[Any] = "" if isinstance(chunk.content, str) else []
             parts += self._hold(chunk.model_copy(update={"content": empty}))
         return self._assemble(parts)
 
-    def close(self) -> list[BaseMessage]:
-        return self._assemble(self._finish())
+    def close(self) -> Steps[list[BaseMessage]]:
+        return self._assemble((yield from self._finish()))
 
-    def _take(self, block: str | _Block, message_id: str | None) -> list[_Part]:
+    def _take(self, block: str | _Block, message_id: str | None) -> Steps[list[_Part]]:
         """Take one block of a chunk's content."""
+        if not self._thoughts and _is_call(block):
+            return [*self._leave(), *self._hold(cast(_Block, block))]
+        if self._calling:
+            return [block] if block else []
         text = _text_of(block)
         index = block.get("index", "") if isinstance(block, dict) else None
         parts: list[_Part] = []
         if index != self._slot and (text or text is None):
-            parts += self._finish()
+            parts += yield from self._finish()
         if text is None:
             if index == "":
-                parts += self._finish()  # without indices any other block ends the text before it
+                parts += yield from self._finish()  # without indices any other block ends the text before it
             return [*parts, *self._hold(cast(_Block, block))]
         if text:
             if self._corrector is None:
-                self._corrector = self._open(text, message_id)
+                self._corrector = yield functools.partial(self._open, text, message_id)
                 self._slot = index
                 self._frame = (
                     {key: block[key] for key in ("type", "index", "id") if key in block}
@@ -126,17 +108,28 @@ class MessageStream:
                     else None
                 )
             self._received += len(text)
-            parts += self._release(self._corrector.push(text))
+            if self._corrector.feed(text):
+                parts += self._release((yield functools.partial(self._corrector.push, "")))
         if isinstance(block, dict) and not block.keys() <= _TEXT_KEYS:
             parts += self._hold({**block, "text": ""})  # annotations and the like
         return parts
 
-    def _finish(self) -> list[_Part]:
+    def _finish(self) -> Steps[list[_Part]]:
         """End the running text."""
         if self._corrector is None:
             return []
         corrector, self._corrector = self._corrector, None
-        parts = self._release(corrector.close())
+        parts = self._release((yield corrector.close))
+        self._slot = None
+        return parts
+
+    def _leave(self) -> list[_Part]:
+        """A tool call begins: what is held of the text before it goes out as it is."""
+        self._calling = True
+        if self._corrector is None:
+            return []
+        corrector, self._corrector = self._corrector, None
+        parts = self._release(corrector.release())
         self._slot = None
         return parts
 
@@ -175,106 +168,51 @@ class MessageStream:
         return list(chunks)
 
 
-class MappingStream:
-    """Mappings with a `question` and an `answer`: the answer is corrected, all other keys pass.
-
-    Keys may come one by one (as from `RunnablePassthrough.assign`); the answer waits for the question.
-    """
-
-    def __init__(
-        self, open_corrector: OpenCorrector, *, question_key: str, found: Callable[[object], None]
-    ) -> None:
-        self._open = open_corrector
-        self._key = question_key
-        self._found = found
-        self._waiting: list[object] | None = []  # pieces of the answer; None once the question is known
-        self._answer: AnswerStream | None = None
-
-    def push(self, chunk: Mapping[str, Any]) -> list[AddableDict]:
-        if not isinstance(chunk, Mapping):
-            raise TypeError(f"a stream of mappings goes on with {type(chunk).__name__}; give mappings only")
-        others = AddableDict({key: value for key, value in chunk.items() if key != "answer"})
-        pieces = [chunk["answer"]] if "answer" in chunk else []
-        if self._waiting is not None:
-            self._waiting += pieces
-            pieces = []
-            if self._key in chunk:
-                self._found(chunk[self._key])
-                pieces, self._waiting = self._waiting, None
-        out = [others] if others else []
-        for piece in pieces:
-            if self._answer is None:
-                self._answer = open_answer(piece, self._open)
-            out += [AddableDict(answer=part) for part in self._answer.push(piece)]
-        return out
-
-    def close(self) -> list[AddableDict]:
-        if self._waiting is not None or self._answer is None:
-            raise TypeError(mapping_cure(self._key))
-        return [AddableDict(answer=part) for part in self._answer.close()]
-
-
-def slices(chunk: Any) -> Iterator[Any]:
-    """Cut a chunk with a long text into several that join to the same."""
-    if isinstance(chunk, str):
-        yield from _cut(chunk)
-    elif isinstance(chunk, Mapping) and isinstance(chunk.get("answer"), str):
-        first, *rest = _cut(chunk["answer"])
-        yield {**chunk, "answer": first}
-        yield from ({"answer": text} for text in rest)
-    elif isinstance(chunk, BaseMessageChunk) and isinstance(chunk.content, str):
-        *texts, last = _cut(chunk.content)
-        yield from (_plain(chunk).model_copy(update={"content": text}) for text in texts)
-        yield chunk.model_copy(update={"content": last}) if texts else chunk
-    else:
-        yield chunk
-
-
-def open_answer(first: object, open_corrector: OpenCorrector) -> AnswerStream:
-    """Return the stream for an answer that begins with `first`."""
-    if isinstance(first, str):
-        return TextStream(open_corrector)
-    if isinstance(first, BaseMessage):
-        return MessageStream(open_corrector)
-    raise TypeError(
-        f"an answer must be a str or a message, got {type(first).__name__}; put a step before the aligner "
-        "that gives one, for example StrOutputParser()"
-    )
-
-
 def correct_text(text: str, open_corrector: OpenCorrector, message_id: str | None = None) -> str:
     """Correct a finished text, as a stream would."""
+    return _correct(text, open_corrector, message_id, ended_by_call=False)
+
+
+def correct_message(
+    message: BaseMessage, open_corrector: OpenCorrector, *, thoughts: bool = True
+) -> BaseMessage:
+    """Return a copy of a finished message with its text corrected, block by block, as a stream would."""
+    content = message.content
+    blocks = [content] if isinstance(content, str) else content
+    calls = len(blocks)
+    if not thoughts:
+        calls = next((at for at, block in enumerate(blocks) if _is_call(block)), calls)
+    calling = calls < len(blocks) or any(getattr(message, kind, None) for kind in _CALL_FIELDS)
+    new: list[str | _Block] = []
+    for at, block in enumerate(blocks):
+        text = _text_of(block)
+        if not text or at >= calls:
+            new.append(block)
+            continue
+        last = not thoughts and calling and at == calls - 1
+        text = _correct(text, open_corrector, message.id, ended_by_call=last)
+        new.append(text if isinstance(block, str) else {**block, "text": text})
+    return message.model_copy(update={"content": new[0] if isinstance(content, str) else new})
+
+
+def _correct(text: str, open_corrector: OpenCorrector, message_id: str | None, *, ended_by_call: bool) -> str:
     if not text:
         return text
     with open_corrector(text, message_id) as corrector:
-        return "".join(segment.text for segment in (*corrector.push(text), *corrector.close()))
+        done = corrector.push(text)
+        rest = corrector.release() if ended_by_call else corrector.close()
+        return "".join(segment.text for segment in (*done, *rest))
 
 
-def correct_message(message: BaseMessage, open_corrector: OpenCorrector) -> BaseMessage:
-    """Return a copy of a finished message with its text corrected, block by block."""
-
-    def corrected(block: str | _Block) -> str | _Block:
-        text = _text_of(block)
-        if not text:
-            return block
-        text = correct_text(text, open_corrector, message.id)
-        return text if isinstance(block, str) else {**block, "text": text}
-
-    content = message.content
-    new = corrected(content) if isinstance(content, str) else [corrected(block) for block in content]
-    return message.model_copy(update={"content": new})
+def cut_message(chunk: BaseMessageChunk, texts: list[str]) -> list[BaseMessageChunk]:
+    """Return chunks with these texts that join to `chunk`; the last carries all that is not text."""
+    *first, last = texts
+    plain = [_plain(chunk).model_copy(update={"content": text}) for text in first]
+    return [*plain, chunk.model_copy(update={"content": last}) if first else chunk]
 
 
-def mapping_cure(question_key: str) -> str:
-    """Say what a mapping for the aligner must look like."""
-    return (
-        f"a mapping for the aligner must have {question_key!r} and 'answer'; "
-        f'give {{"{question_key}": ..., "answer": ...}}, a str or a message'
-    )
-
-
-def _cut(text: str) -> list[str]:
-    return [text[start : start + _SLICE] for start in range(0, len(text), _SLICE)] or [text]
+def _is_call(block: str | _Block) -> bool:
+    return isinstance(block, dict) and block.get("type") in _CALLS
 
 
 def _text_of(block: str | _Block) -> str | None:

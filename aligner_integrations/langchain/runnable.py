@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias
 from uuid import UUID
 
@@ -16,15 +15,16 @@ from pydantic import ConfigDict, Field
 
 from aligner_integrations.aligner import Aligner
 from aligner_integrations.correction import Segment
-from aligner_integrations.langchain.messages import (
+from aligner_integrations.langchain.answers import (
     AnswerStream,
     MappingStream,
-    correct_message,
-    correct_text,
     mapping_cure,
     open_answer,
     slices,
 )
+from aligner_integrations.langchain.jobs import Steps, apart, arun, inside, run
+from aligner_integrations.langchain.messages import correct_message, correct_text
+from aligner_integrations.langchain.options import CorrectionOptions, check_aligner
 from aligner_integrations.langchain.question import find_question, question_text
 from aligner_integrations.langchain.sources import AsyncSource, Source, aclose, close
 from aligner_integrations.resilience import WITHHELD_TEXT, OnError
@@ -33,17 +33,6 @@ from aligner_integrations.stream import StreamCorrector
 # What goes in is what comes out; a type checker is told `Any`, or no step that takes only text or only
 # messages could follow.
 Answer: TypeAlias = Any
-
-_loading = threading.Lock()
-_bundled: list[Aligner] = []
-
-
-def load_bundled() -> Aligner:
-    """Return the bundled aligner; it is loaded on first use and shared by the whole process."""
-    with _loading:
-        if not _bundled:
-            _bundled.append(Aligner.from_pretrained())
-        return _bundled[0]
 
 
 class AlignerRunnable(RunnableSerializable[Answer, Answer]):
@@ -92,11 +81,7 @@ class AlignerRunnable(RunnableSerializable[Answer, Answer]):
         sink: Callable[[Segment], None] | None = None,
         name: str | None = None,
     ) -> None:
-        if aligner is not None and not isinstance(aligner, Aligner):
-            raise TypeError(
-                f"aligner must be an Aligner or None, got {type(aligner).__name__}; "
-                "Aligner.from_pretrained(...) loads one"
-            )
+        check_aligner(aligner)
         # pydantic's own __init__ takes fields by name alone; the aligner may come first without one.
         super().__init__(  # type: ignore[call-arg]
             aligner=aligner,
@@ -184,12 +169,12 @@ class AlignerRunnable(RunnableSerializable[Answer, Answer]):
     def _correct(
         self, input: Answer, run_manager: CallbackManagerForChainRun, config: RunnableConfig
     ) -> Answer:
-        return self._session(run_manager, config).correct(input)
+        return apart(partial(self._session(run_manager, config).correct, input))
 
     async def _acorrect(
         self, input: Answer, run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig
     ) -> Answer:
-        return await asyncio.to_thread(self._session(run_manager, config).correct, input)
+        return await asyncio.to_thread(apart, partial(self._session(run_manager, config).correct, input))
 
     def _transform(
         self,
@@ -200,8 +185,8 @@ class AlignerRunnable(RunnableSerializable[Answer, Answer]):
         session = self._session(run_manager, config)
         for chunk in input:
             for piece in slices(chunk):
-                yield from session.push(piece)
-        yield from session.close()
+                yield from run(session.push(piece))
+        yield from run(session.close())
 
     async def _atransform(
         self,
@@ -212,9 +197,9 @@ class AlignerRunnable(RunnableSerializable[Answer, Answer]):
         session = self._session(run_manager, config)
         async for chunk in input:
             for piece in slices(chunk):
-                for part in await asyncio.to_thread(session.push, piece):
+                for part in await arun(session.push(piece)):
                     yield part
-        for part in await asyncio.to_thread(session.close):
+        for part in await arun(session.close()):
             yield part
 
     def _session(
@@ -243,6 +228,7 @@ class _Session:
         self._config = config
         self._question: str | None = None
         self._stream: AnswerStream | None = None
+        self._sink = inside(runnable.sink)
 
     def correct(self, answer: Answer) -> Answer:
         """Correct a finished answer."""
@@ -253,19 +239,19 @@ class _Session:
         self._take_question(answer[self._runnable._mapping_key])
         return {**answer, "answer": self.correct(answer["answer"])}
 
-    def push(self, chunk: Answer) -> list[Answer]:
-        """Take a chunk of an answer and return what can be sent."""
+    def push(self, chunk: Answer) -> Steps[list[Answer]]:
+        """Take a chunk of an answer; what can be sent comes of it."""
         if self._stream is None:
             if isinstance(chunk, Mapping):
                 key = self._runnable._mapping_key
                 self._stream = MappingStream(self._open, question_key=key, found=self._take_question)
             else:
                 self._stream = open_answer(chunk, self._open)
-        return self._stream.push(chunk)
+        return (yield from self._stream.push(chunk))
 
-    def close(self) -> list[Answer]:
-        """Return what is left of the answer."""
-        return self._stream.close() if self._stream is not None else []
+    def close(self) -> Steps[list[Answer]]:
+        """End the answer; what is left of it comes of it."""
+        return (yield from self._stream.close()) if self._stream is not None else []
 
     def _take_question(self, value: object) -> None:
         """Take the question that the input itself holds."""
@@ -283,17 +269,14 @@ class _Session:
                 question_key=runnable.question_key,
                 message_id=message_id,
             )
-        aligner = runnable.aligner or load_bundled()
-        if runnable.edit_margin is not None:
-            decode = replace(aligner.decode_config, edit_margin=runnable.edit_margin)
-            aligner = aligner.with_options(decode=decode)
-        return aligner.stream(
-            self._question,
-            feedback=runnable.feedback,
+        options = CorrectionOptions(
+            aligner=runnable.aligner,
             on_error=runnable.on_error,
             withheld_text=runnable.withheld_text,
-            sink=runnable.sink,
+            feedback=runnable.feedback,
+            edit_margin=runnable.edit_margin,
         )
+        return options.open(self._question, self._sink)
 
 
 def _check(answer: object, key: str) -> None:

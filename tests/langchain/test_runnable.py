@@ -18,7 +18,7 @@ from langchain_core.runnables import ConfigurableField, RunnableConfig, Runnable
 from aligner_integrations import Aligner
 from aligner_integrations.errors import CorrectionFailedError, MissingDependencyError
 from aligner_integrations.langchain import AlignerRunnable
-from aligner_integrations.langchain import runnable as runnable_module
+from aligner_integrations.langchain import options as options_module
 from aligner_integrations.testing import scripted_aligner
 from tests.langchain.forms import FORMS, ask, model, run, shout, tell, text_of
 
@@ -204,7 +204,7 @@ def test_bundled_aligner_is_loaded_once_and_late(monkeypatch: pytest.MonkeyPatch
         loads.append(shout())
         return loads[0]
 
-    monkeypatch.setattr(runnable_module, "_bundled", [])
+    monkeypatch.setattr(options_module, "_bundled", [])
     monkeypatch.setattr(Aligner, "from_pretrained", load)
     first, second = AlignerRunnable(), AlignerRunnable()
     assert not loads

@@ -1,0 +1,61 @@
+"""How to correct: what every surface here lets its user choose, and the aligner behind it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from aligner_integrations.aligner import Aligner
+from aligner_integrations.correction import Segment
+from aligner_integrations.resilience import WITHHELD_TEXT, OnError
+from aligner_integrations.stream import StreamCorrector
+
+_loading = threading.Lock()
+_bundled: list[Aligner] = []
+
+
+def load_bundled() -> Aligner:
+    """Return the bundled aligner; it is loaded on first use and shared by the whole process."""
+    with _loading:
+        if not _bundled:
+            _bundled.append(Aligner.from_pretrained())
+        return _bundled[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorrectionOptions:
+    """The aligner (None: the bundled one) and how it corrects; the surfaces' docstrings explain each."""
+
+    aligner: Aligner | None = None
+    on_error: OnError = "raise"
+    withheld_text: str = WITHHELD_TEXT
+    feedback: str = ""
+    edit_margin: float | None = None
+
+    def open(self, question: str, sink: Callable[[Segment], None] | None = None) -> StreamCorrector:
+        """Return a corrector for one answer to `question`."""
+        aligner = self.aligner or load_bundled()
+        if self.edit_margin is not None:
+            decode = replace(aligner.decode_config, edit_margin=self.edit_margin)
+            aligner = aligner.with_options(decode=decode)
+        return aligner.stream(
+            question,
+            feedback=self.feedback,
+            on_error=self.on_error,
+            withheld_text=self.withheld_text,
+            sink=sink,
+        )
+
+
+def check_aligner(aligner: object) -> None:
+    """Refuse what is no aligner.
+
+    Raises:
+        TypeError: `aligner` is neither an `Aligner` nor None.
+    """
+    if aligner is not None and not isinstance(aligner, Aligner):
+        raise TypeError(
+            f"aligner must be an Aligner or None, got {type(aligner).__name__}; "
+            "Aligner.from_pretrained(...) loads one"
+        )
