@@ -13,7 +13,21 @@ except ImportError as error:
         name="langchain_core",
     ) from error
 
+from typing import TYPE_CHECKING, Any
+
 from aligner_integrations.langchain.chat_model import AlignedChatModel
 from aligner_integrations.langchain.runnable import AlignerRunnable
 
-__all__ = ["AlignedChatModel", "AlignerRunnable"]
+if TYPE_CHECKING:
+    from aligner_integrations.langchain.middleware import AlignerMiddleware
+
+__all__ = ["AlignedChatModel", "AlignerMiddleware", "AlignerRunnable"]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the middleware when it is asked for: it needs langchain and langgraph, the others do not."""
+    if name == "AlignerMiddleware":
+        from aligner_integrations.langchain.middleware import AlignerMiddleware
+
+        return AlignerMiddleware
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -149,6 +149,10 @@ class AlignedChatModel(BaseChatModel):
         """Return the wrapped model's own structured output; it is not corrected."""
         return self.model.with_structured_output(schema, include_raw=include_raw, **kwargs)
 
+    def corrected(self, messages: list[BaseMessage], answer: AIMessage) -> AIMessage:
+        """Return an answer to `messages` that is finished already, corrected as this model's would be."""
+        return cast(AIMessage, apart(partial(_Correction(self, messages, {}).correct, answer)))
+
     def stream(
         self,
         input: LanguageModelInput,

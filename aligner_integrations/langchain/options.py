@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from aligner_integrations.aligner import Aligner
 from aligner_integrations.correction import Segment
-from aligner_integrations.resilience import WITHHELD_TEXT, OnError
+from aligner_integrations.resilience import WITHHELD_TEXT, ErrorPolicy, OnError
 from aligner_integrations.stream import StreamCorrector
 
 _loading = threading.Lock()
@@ -32,6 +33,18 @@ class CorrectionOptions:
     withheld_text: str = WITHHELD_TEXT
     feedback: str = ""
     edit_margin: float | None = None
+
+    def __post_init__(self) -> None:
+        check_aligner(self.aligner)
+        ErrorPolicy(self.on_error, self.withheld_text)  # checks both
+        if not isinstance(self.feedback, str):
+            raise TypeError(f"feedback must be a str, got {type(self.feedback).__name__}")
+        if self.edit_margin is not None and not self.edit_margin >= 0:
+            raise ValueError(f"edit_margin must be at least 0 (logits) or None, got {self.edit_margin}")
+
+    def fields(self) -> dict[str, Any]:
+        """Return the options by name, to hand them on."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def open(self, question: str, sink: Callable[[Segment], None] | None = None) -> StreamCorrector:
         """Return a corrector for one answer to `question`."""
