@@ -15,13 +15,26 @@ except ImportError as error:
 
 from typing import TYPE_CHECKING, Any
 
+from aligner_integrations.langchain.callbacks import (
+    AsyncStreamAlignerCallbackHandler,
+    StreamAlignerCallbackHandler,
+)
 from aligner_integrations.langchain.chat_model import AlignedChatModel
 from aligner_integrations.langchain.runnable import AlignerRunnable
+from aligner_integrations.langchain.updates import RunSegment, TextUpdate
 
 if TYPE_CHECKING:
     from aligner_integrations.langchain.middleware import AlignerMiddleware
 
-__all__ = ["AlignedChatModel", "AlignerMiddleware", "AlignerRunnable"]
+__all__ = [
+    "AlignedChatModel",
+    "AlignerMiddleware",
+    "AlignerRunnable",
+    "AsyncStreamAlignerCallbackHandler",
+    "RunSegment",
+    "StreamAlignerCallbackHandler",
+    "TextUpdate",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -70,7 +70,7 @@ class MessageStream:
         for block in blocks:
             parts += yield from self._take(block, chunk.id)
         if not self._thoughts and getattr(chunk, "tool_call_chunks", None):
-            parts += self._leave()
+            parts += self.leave()
         if getattr(chunk, "chunk_position", None) == "last":
             parts += yield from self._finish()
             self._calling = False
@@ -86,10 +86,10 @@ class MessageStream:
     def _take(self, block: str | _Block, message_id: str | None) -> Steps[list[_Part]]:
         """Take one block of a chunk's content."""
         if not self._thoughts and _is_call(block):
-            return [*self._leave(), *self._hold(cast(_Block, block))]
+            return [*self.leave(), *self._hold(cast(_Block, block))]
         if self._calling:
             return [block] if block else []
-        text = _text_of(block)
+        text = text_of(block)
         index = block.get("index", "") if isinstance(block, dict) else None
         parts: list[_Part] = []
         if index != self._slot and (text or text is None):
@@ -123,7 +123,7 @@ class MessageStream:
         self._slot = None
         return parts
 
-    def _leave(self) -> list[_Part]:
+    def leave(self) -> list[_Part]:
         """A tool call begins: what is held of the text before it goes out as it is."""
         self._calling = True
         if self._corrector is None:
@@ -185,7 +185,7 @@ def correct_message(
     calling = calls < len(blocks) or any(getattr(message, kind, None) for kind in _CALL_FIELDS)
     new: list[str | _Block] = []
     for at, block in enumerate(blocks):
-        text = _text_of(block)
+        text = text_of(block)
         if not text or at >= calls:
             new.append(block)
             continue
@@ -215,7 +215,7 @@ def _is_call(block: str | _Block) -> bool:
     return isinstance(block, dict) and block.get("type") in _CALLS
 
 
-def _text_of(block: str | _Block) -> str | None:
+def text_of(block: str | _Block) -> str | None:
     """Return the text of a block, or None if it is no text block."""
     if isinstance(block, str):
         return block
