@@ -20,10 +20,9 @@ from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 from aligner_integrations.aligner import Aligner
 from aligner_integrations.correction import Segment
 from aligner_integrations.langchain.answers import slices
-from aligner_integrations.langchain.jobs import Steps, apart, arun, inside, run
-from aligner_integrations.langchain.messages import MessageStream, correct_message
+from aligner_integrations.langchain.chat_answer import ChatAnswer, is_structured
+from aligner_integrations.langchain.jobs import apart, arun, run
 from aligner_integrations.langchain.options import CorrectionOptions, load_bundled
-from aligner_integrations.langchain.question import question_text
 from aligner_integrations.langchain.upstream import (
     as_chunk,
     as_result,
@@ -32,10 +31,7 @@ from aligner_integrations.langchain.upstream import (
     stream_chunks,
 )
 from aligner_integrations.resilience import WITHHELD_TEXT, OnError
-from aligner_integrations.stream import StreamCorrector
 
-# By these a caller asks a provider for structured output; what comes is data, not prose.
-_STRUCTURED = ("response_format", "response_schema", "response_json_schema", "output_format", "format")
 _OPTIONS = ("aligner", "on_error", "withheld_text", "feedback", "edit_margin")
 
 
@@ -133,7 +129,7 @@ class AlignedChatModel(BaseChatModel):
         if isinstance(inner, BaseChatModel):
             aligned = self.model_copy(update={"model": inner})
             # Seen here, because the wrapped model may bind it under a name of its provider's.
-            aligned._structured = _is_structured(kwargs)
+            aligned._structured = is_structured(kwargs)
             if inner is bound:
                 return aligned
             given = cast(RunnableBinding[Any, Any], bound).kwargs
@@ -151,7 +147,7 @@ class AlignedChatModel(BaseChatModel):
 
     def corrected(self, messages: list[BaseMessage], answer: AIMessage) -> AIMessage:
         """Return an answer to `messages` that is finished already, corrected as this model's would be."""
-        return cast(AIMessage, apart(partial(_Correction(self, messages, {}).correct, answer)))
+        return cast(AIMessage, apart(partial(self._answer(messages, {}).correct, answer)))
 
     def stream(
         self,
@@ -175,6 +171,28 @@ class AlignedChatModel(BaseChatModel):
         """Stream the answer without blocking the event loop; the corrections run in threads."""
         return BaseChatModel.astream(self._for_stream(config), input, config, stop=stop, **kwargs)
 
+    def invoke(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:
+        """Return the corrected answer."""
+        return BaseChatModel.invoke(self._for_stream(config), input, config, stop=stop, **kwargs)
+
+    async def ainvoke(
+        self,
+        input: LanguageModelInput,
+        config: RunnableConfig | None = None,
+        *,
+        stop: list[str] | None = None,
+        **kwargs: Any,
+    ) -> AIMessage:
+        """Return the corrected answer; the correction runs in a thread."""
+        return await BaseChatModel.ainvoke(self._for_stream(config), input, config, stop=stop, **kwargs)
+
     def _for_stream(self, config: RunnableConfig | None) -> AlignedChatModel:
         if not self.trace_original:
             return self
@@ -195,7 +213,9 @@ class AlignedChatModel(BaseChatModel):
             result = as_result(self.model.invoke(messages, config, stop=stop, **kwargs))
         else:
             result = self.model._generate_with_cache(messages, stop=stop, **kwargs)
-        return apart(partial(self._corrected, messages, result, kwargs))
+        return apart(
+            partial(_corrected, result, [self._answer(messages, kwargs) for _ in result.generations])
+        )
 
     async def _agenerate(
         self,
@@ -209,7 +229,8 @@ class AlignedChatModel(BaseChatModel):
             result = as_result(await self.model.ainvoke(messages, config, stop=stop, **kwargs))
         else:
             result = await self.model._agenerate_with_cache(messages, stop=stop, **kwargs)
-        return await asyncio.to_thread(apart, partial(self._corrected, messages, result, kwargs))
+        job = partial(_corrected, result, [self._answer(messages, kwargs) for _ in result.generations])
+        return await asyncio.to_thread(apart, job)
 
     def _stream(
         self,
@@ -218,12 +239,12 @@ class AlignedChatModel(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        correction = _Correction(self, messages, kwargs)
+        answer = self._answer(messages, kwargs)
         with closing(stream_chunks(self.model, messages, self._traced, stop=stop, **kwargs)) as chunks:
             for chunk in chunks:
                 for piece in slices(chunk):
-                    yield from _generations(run(correction.push(piece)))
-        yield from _generations([*run(correction.close()), *correction.receipt()])
+                    yield from _generations(run(answer.push(piece)))
+        yield from _generations([*run(answer.close()), *answer.receipt()])
 
     async def _astream(
         self,
@@ -232,98 +253,33 @@ class AlignedChatModel(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        correction = _Correction(self, messages, kwargs)
+        answer = self._answer(messages, kwargs)
         upstream = astream_chunks(self.model, messages, self._traced, stop=stop, **kwargs)
         async with aclosing(upstream) as chunks:
             async for chunk in chunks:
                 for piece in slices(chunk):
-                    for part in _generations(await arun(correction.push(piece))):
+                    for part in _generations(await arun(answer.push(piece))):
                         yield part
-        for part in _generations([*await arun(correction.close()), *correction.receipt()]):
+        for part in _generations([*await arun(answer.close()), *answer.receipt()]):
             yield part
 
-    def _corrected(
-        self, messages: list[BaseMessage], result: ChatResult, kwargs: Mapping[str, Any]
-    ) -> ChatResult:
-        """Return a result with the text of each generation corrected."""
-        generations = []
-        for generation in result.generations:
-            correction = _Correction(self, messages, kwargs)
-            message = correction.correct(generation.message)
-            generations.append(ChatGeneration(message=message, generation_info=generation.generation_info))
-        return ChatResult(generations=generations, llm_output=result.llm_output)
+    def _answer(self, messages: list[BaseMessage], kwargs: Mapping[str, Any]) -> ChatAnswer:
+        return ChatAnswer(
+            CorrectionOptions(**{name: getattr(self, name) for name in _OPTIONS}),
+            messages,
+            thoughts=self.thoughts,
+            structured=self._structured or is_structured(kwargs),
+            sink=self.sink,
+        )
 
 
-class _Correction:
-    """The correction of one answer: its question, and what it cost."""
-
-    def __init__(
-        self, model: AlignedChatModel, messages: list[BaseMessage], kwargs: Mapping[str, Any]
-    ) -> None:
-        self._options = CorrectionOptions(**{name: getattr(model, name) for name in _OPTIONS})
-        self._messages = messages
-        self._thoughts = model.thoughts
-        self._sink = inside(model.sink)
-        self._left_alone = model._structured or _is_structured(kwargs)
-        self._segments: list[Segment] = []
-        self._stream = MessageStream(self._open, thoughts=model.thoughts)
-
-    def push(self, chunk: BaseMessage) -> Steps[list[BaseMessage]]:
-        """Take a chunk of the answer; what can be sent comes of it."""
-        return [chunk] if self._left_alone else (yield from self._stream.push(chunk))
-
-    def close(self) -> Steps[list[BaseMessage]]:
-        """End the answer; what is left of it comes of it."""
-        return (yield from self._stream.close())
-
-    def correct(self, message: BaseMessage) -> BaseMessage:
-        """Return a finished answer corrected, with the receipt."""
-        if not self._left_alone:
-            message = correct_message(message, self._open, thoughts=self._thoughts)
-        metadata = dict(message.response_metadata)
-        for receipt in self.receipt():
-            metadata |= receipt.response_metadata
-        return message.model_copy(update={"response_metadata": metadata})
-
-    def receipt(self) -> list[AIMessageChunk]:
-        """Return a chunk without text that says what the correction cost; none if there was no text."""
-        said: dict[str, Any]
-        if self._left_alone:
-            said = {"sentences": 0, "left_alone": "structured output"}
-        elif not self._segments:
-            return []
-        else:
-            said = _cost(self._segments) | {"on_error": self._options.on_error}
-        return [AIMessageChunk(content="", response_metadata={"aligner": said})]
-
-    def _open(self, text: str, message_id: str | None) -> StreamCorrector:
-        """Return a corrector for one text of the answer."""
-        return self._options.open(question_text(self._messages), self._note)
-
-    def _note(self, segment: Segment) -> None:
-        self._segments.append(segment)
-        if self._sink is not None:
-            self._sink(segment)
-
-
-def _cost(segments: Sequence[Segment]) -> dict[str, Any]:
-    stats = [segment.stats for segment in segments]
-    return {
-        "sentences": len(segments),
-        "changed": sum(segment.changed for segment in segments),
-        "failed": sum(any(f.check == "correction_failed" for f in s.findings) for s in segments),
-        "forwards": sum(one.forwards for one in stats),
-        "prompt_tokens": sum(one.prompt_tokens - one.cached_tokens for one in stats),
-        "new_tokens": sum(one.new_tokens for one in stats),
-        "seconds": sum(one.seconds for one in stats),
-        "provider": stats[-1].provider,
-    }
-
-
-def _is_structured(kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call's options ask for structured output."""
-    asked = (kwargs.get(name) for name in _STRUCTURED)
-    return any(each is not None and each != {"type": "text"} for each in asked)
+def _corrected(result: ChatResult, answers: list[ChatAnswer]) -> ChatResult:
+    """Return a result with the text of each generation corrected."""
+    generations = [
+        ChatGeneration(message=answer.correct(each.message), generation_info=each.generation_info)
+        for each, answer in zip(result.generations, answers, strict=True)
+    ]
+    return ChatResult(generations=generations, llm_output=result.llm_output)
 
 
 def _generations(messages: Sequence[BaseMessage]) -> Iterator[ChatGenerationChunk]:

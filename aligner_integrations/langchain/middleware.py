@@ -14,10 +14,11 @@ try:
 except ImportError as error:
     from aligner_integrations.errors import MissingDependencyError
 
-    if error.name not in ("langchain", "langgraph"):
-        raise  # they are there, but broken or too old: their own message says more
+    if (error.name or "").partition(".")[0] not in ("langchain", "langgraph"):
+        raise  # something that they need is broken: its own message says more
     raise MissingDependencyError(
-        'AlignerMiddleware needs langchain and langgraph; pip install "aligner-integrations[agents]"',
+        "AlignerMiddleware needs langchain and langgraph, at least 1.4 and 1.2; "
+        'pip install "aligner-integrations[agents]"',
         name=error.name,
     ) from error
 
