@@ -55,6 +55,7 @@ DataOption = Annotated[
 _EXTRA_PACKAGES = {
     "train": ("torch", "transformers", "onnx", "optimum", "onnxruntime"),
     "eval": ("onnxruntime",),
+    "langchain": ("langchain_core",),
 }
 
 
@@ -125,9 +126,21 @@ def bench(
     model: ModelOption = None,
     rounds: Annotated[int, typer.Option("--rounds", min=2, help="Rounds; ratios are of medians.")] = 20,
     provider: Annotated[str, typer.Option("--provider", help="auto, tensorrt, cuda or cpu.")] = "auto",
+    adapters: Annotated[
+        bool, typer.Option("--adapters", help="Time the LangChain adapters instead.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Time guided decoding beside plain greedy decoding and one prefill, on the same session."""
+    if adapters:
+        with _extra("langchain"):
+            from aligner_integrations.evaluation.adapters import as_rows, run_adapters
+        costs = run_adapters(rounds=rounds)
+        if as_json:
+            typer.echo(json.dumps([dataclasses.asdict(cost) for cost in costs]))
+        else:
+            _show_report({"what an adapter adds, its aligner doing nothing": as_rows(costs)})
+        return
     from aligner_integrations.evaluation.bench import run_bench
 
     report = run_bench(model or BUNDLED_MODEL, rounds=rounds, provider=provider)

@@ -30,7 +30,7 @@ FILE_BUDGETS = {
     "decode.py": 350,
     "safeguards.py": 300,
     "aligner.py": 360,
-    "stream.py": 350,
+    "stream.py": 360,
     "resilience.py": 200,
     "backends/__init__.py": 90,
     "backends/base.py": 120,
@@ -41,35 +41,43 @@ FILE_BUDGETS = {
     "llama_graph.py": 200,
     "cli.py": 300,
     "doctor.py": 120,
-    "testing.py": 150,
+    "testing/": 350,
     "langchain/": 350,
     "llama_index/": 350,
     "training/": 350,
     "evaluation/": 350,
 }
 FUNCTION_BUDGET = 60
-LIBRARY_BUDGET = 6000
-NOT_THE_LIBRARY_PROPER = ("training/", "evaluation/", "cli.py", "doctor.py", "testing.py")
+LIBRARY_BUDGET = 7500
+NOT_THE_LIBRARY_PROPER = ("training/", "evaluation/", "cli.py", "doctor.py", "testing/")
 
 # Which way imports point: a file imports from its own floor or below.
 FLOORS = {
     0: ("errors", "correction", "config", "template", "sentences", "safeguards"),
     1: ("decode", "draft", "tokenizer", "backends.base", "resilience"),
-    2: ("backends", "backends.onnx", "backends.torch", "backends.providers", "testing"),
+    2: ("backends", "backends.onnx", "backends.torch", "backends.providers", "testing", "testing.doubles"),
     3: ("aligner", "stream", ""),
     4: ("langchain", "llama_index"),
-    5: ("cli", "doctor", "training", "evaluation", "export", "llama_graph"),
+    5: (
+        *("cli", "doctor", "training", "evaluation", "export", "llama_graph"),
+        *("testing.conformance", "testing.surfaces", "testing.heard"),
+        *("testing.listeners", "testing.shown", "testing.replay"),
+    ),
 }
-# `testing` stands on floor 2 so that nothing below may lean on it; the doubles it builds are whole
-# aligners, so its own imports reach one floor up.
-REACHES_UP = {("testing", "aligner")}
+# The doubles stand on floor 2 so that nothing below may lean on them; what they build are whole
+# aligners, so their own imports reach one floor up.
+REACHES_UP = {("testing.doubles", "aligner")}
+# The conformance kit is about frameworks; the doubles beside it are not.
+CONFORMANCE = tuple(
+    f"testing/{name}.py" for name in ("conformance", "surfaces", "heard", "listeners", "shown", "replay")
+)
 
 CORE_NEEDS = {"numpy", "tokenizers", "sentencex", "huggingface_hub"}
 # Third parties, and the only places that may import them.
 OWNERS = {
-    "langchain_core": ("langchain/",),
+    "langchain_core": ("langchain/", "evaluation/adapters.py", *CONFORMANCE),
     "langchain": ("langchain/middleware.py",),
-    "langgraph": ("langchain/middleware.py",),
+    "langgraph": ("langchain/middleware.py", *CONFORMANCE),
     "llama_index": ("llama_index/",),
     "onnxruntime": ("backends/onnx.py", "evaluation/"),
     "onnx": ("export.py", "llama_graph.py", "training/", "evaluation/"),
@@ -79,8 +87,10 @@ OWNERS = {
     "transformers": ("backends/torch.py", "export.py", "training/", "evaluation/"),
     "typer": ("cli.py",),
     "rich": ("cli.py", "training/", "evaluation/"),
-    "pydantic": ("langchain/", "llama_index/"),
+    "pydantic": ("langchain/", "llama_index/", "testing/replay.py"),
 }
+# What a framework's base class prescribes is not ours to name.
+PRESCRIBED_NAMES = {("langchain/middleware.py", "process")}
 HIDING_NAMES = re.compile(r"(^|_)(utils?|helpers?|manager)(_|$)|^(process|handle_data)$|^do_")
 
 
@@ -215,7 +225,8 @@ def test_no_name_hides_its_subject(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             names.append(node.name.lower())
-    assert [name for name in names if HIDING_NAMES.search(name)] == []
+    ours = [name for name in names if (relative(path), name) not in PRESCRIBED_NAMES]
+    assert [name for name in ours if HIDING_NAMES.search(name)] == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
@@ -245,11 +256,12 @@ def test_no_prompt_text_outside_template() -> None:
 
 def public_modules() -> list[str]:
     """The modules whose names users import: the core, the adapters, the doubles, the checks."""
-    names = ["", "langchain", "llama_index", "errors", "safeguards", "testing"]
+    names = ["", "langchain", "llama_index", "errors", "safeguards", "testing", "testing.conformance"]
+    places = {name: PACKAGE / name.replace(".", "/") for name in names}
     return [
         f"{NAME}.{name}".rstrip(".")
-        for name in names
-        if (PACKAGE / f"{name}.py").exists() or (PACKAGE / name / "__init__.py").exists()
+        for name, place in places.items()
+        if place.with_suffix(".py").exists() or (place / "__init__.py").exists()
     ]
 
 

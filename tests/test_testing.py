@@ -88,7 +88,7 @@ def test_a_rule_may_write_anything_unless_safeguards_are_on() -> None:
 
 def test_delay_is_slept_once_per_correction(monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr("aligner_integrations.testing.time.sleep", slept.append)
+    monkeypatch.setattr("aligner_integrations.testing.doubles.time.sleep", slept.append)
     aligner = scripted_aligner(lambda q, p, sentence: sentence.upper(), delay=0.05)
     assert aligner.correct_sentence("Q", "", "A sentence.").stats.forwards > 1
     aligner.correct("Q", "Two sentences. Here they are.")
