@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +53,14 @@ class _Ask:
 
 
 @dataclass(slots=True, eq=False)
+class _Given:
+    """What a prompt was filled from. A chain that streams does not say what it was given; its prompt does."""
+
+    inputs: object
+    lineage: tuple[_Position, ...]
+
+
+@dataclass(slots=True, eq=False)
 class _Run:
     """What is noted of one chain run. Holds run ids as numbers: a UUID here would keep itself alive."""
 
@@ -60,6 +68,7 @@ class _Run:
     lineage: tuple[_Position, ...]
     inputs: object
     asks: deque[_Ask] = field(default_factory=lambda: deque(maxlen=_MAX_ASKS))
+    given: deque[_Given] = field(default_factory=lambda: deque(maxlen=_MAX_ASKS))
 
 
 class QuestionRecorder(BaseCallbackHandler):
@@ -97,8 +106,12 @@ class QuestionRecorder(BaseCallbackHandler):
     ) -> None:
         """Note the run, its place and its input."""
         parent = self.run(parent_run_id)
-        above = parent.lineage if parent else ()
-        self._runs[run_id] = _Run(parent, (*above, (run_id.int, _place(tags))), inputs)
+        lineage = (*(parent.lineage if parent else ()), (run_id.int, _place(tags)))
+        self._runs[run_id] = _Run(parent, lineage, inputs)
+        if kwargs.get("run_type") == "prompt":
+            given = _Given(inputs, lineage)
+            for above in _upwards(parent):
+                above.given.append(given)
 
     def on_chain_end(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> None:
         """Forget the run."""
@@ -138,16 +151,28 @@ class QuestionRecorder(BaseCallbackHandler):
         if run := self.run(parent_run_id):
             self._note(run, prompts[0] if prompts else "", run_id, tags)
 
+    def on_llm_error(
+        self, error: BaseException, *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
+    ) -> None:
+        """Note that the model failed: no answer is its."""
+        run = self.run(parent_run_id)
+        for ask in tuple(run.asks) if run else ():
+            ask.failed = ask.failed or ask.lineage[-1][0] == run_id.int
+
     def run(self, run_id: UUID | None) -> _Run | None:
         """Return the notes of a run in progress."""
         return None if run_id is None else self._runs.get(run_id)
 
     def _note(self, run: _Run, question: str, run_id: UUID, tags: list[str] | None) -> None:
         ask = _Ask(question, (*run.lineage, (run_id.int, _place(tags))))
-        above: _Run | None = run
-        while above is not None:
+        for above in _upwards(run):
             above.asks.append(ask)
-            above = above.parent
+
+
+def _upwards(run: _Run | None) -> Iterator[_Run]:
+    while run is not None:
+        yield run
+        run = run.parent
 
 
 recorder = QuestionRecorder()
@@ -203,24 +228,28 @@ def _search(
 ) -> tuple[str, int]:
     """Return the question, or "" and how many upstream models disagree about it."""
     keys = (question_key,) if question_key else _KEYS
-    run = parent
-    while run is not None:
+    for run in _upwards(parent):
         # A copy: branches in other threads may be starting models just now.
         upstream = [ask for ask in tuple(run.asks) if not ask.failed and _is_upstream(ask.lineage, own)]
         if upstream:
-            if text := _chain_question(run.inputs, keys, bare=True):
+            if text := _chain_question(run.inputs, keys, bare=True) or _prompt_question(run, own, keys):
                 return text, 1
             asked = _asked(upstream, message_id)
             return (asked.pop(), 1) if len(asked) == 1 else ("", len(asked))
-        run = run.parent
     # No model ran here (a plain function answered): only the inputs are left.
-    run = parent
-    while run is not None:
+    for run in _upwards(parent):
         bare = _is_fed_by_chain(run, own)
         if (text := _chain_question(run.inputs, keys, bare=bare)) and text != answer:
             return text, 1
-        run = run.parent
     return "", 0
+
+
+def _prompt_question(run: _Run, own: tuple[_Position, ...], keys: tuple[str, ...]) -> str:
+    """Return the question that the first prompt upstream was filled with; "" if there is none, or several."""
+    given = [each for each in tuple(run.given) if _is_upstream(each.lineage, own)]
+    first = [each for each in given if not any(_is_later(each.lineage, other.lineage) for other in given)]
+    texts = {_chain_question(each.inputs, keys, bare=False) for each in first}
+    return texts.pop() if len(texts) == 1 else ""
 
 
 def _is_fed_by_chain(run: _Run, own: tuple[_Position, ...]) -> bool:
@@ -240,7 +269,11 @@ def _asked(upstream: list[_Ask], message_id: str | None) -> set[str]:
         named = {ask.question for ask in upstream if str(UUID(int=ask.lineage[-1][0])) in message_id}
         if named:
             return named
-    return {ask.question for ask in upstream if not any(_is_later(other, ask) for other in upstream)}
+    return {
+        ask.question
+        for ask in upstream
+        if not any(_is_later(other.lineage, ask.lineage) for other in upstream)
+    }
 
 
 def _is_upstream(asked: Iterable[_Position], own: Iterable[_Position]) -> bool:
@@ -251,8 +284,8 @@ def _is_upstream(asked: Iterable[_Position], own: Iterable[_Position]) -> bool:
     return before is None or after is None or before < after
 
 
-def _is_later(ask: _Ask, than: _Ask) -> bool:
-    places = _parting(ask.lineage, than.lineage)
+def _is_later(one: Iterable[_Position], than: Iterable[_Position]) -> bool:
+    places = _parting(one, than)
     if places is None:
         return False
     later, earlier = places

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from langchain_core.chat_history import InMemoryChatMessageHistory
+from langchain_core.language_models import FakeListChatModel
 from langchain_core.messages import AIMessage, BaseMessage, ChatMessage, HumanMessage, SystemMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompt_values import StringPromptValue
@@ -141,17 +142,46 @@ def test_several_aligners_in_one_chain(form: str) -> None:
     assert run(form, chained, {"topic": "bears"}) == "<What of bears?>"
 
 
-@pytest.mark.parametrize("form", ["invoke", "ainvoke", "batch", "abatch"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("key", ["question", "input", "query"])
 def test_input_of_the_chain_comes_before_the_models_message(form: str, key: str) -> None:
     chained = ask(key) | model() | AlignerRunnable(tell())
     assert run(form, chained, {key: "bears"}) == "<bears>"
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_documents_in_the_human_message_are_no_question(form: str) -> None:
+    """A chain that streams does not record its input; its prompt's input tells."""
+    gather = RunnableParallel(context=RunnableLambda(lambda text: "docs"), question=RunnablePassthrough())
+    prompt = ChatPromptTemplate.from_template("Answer from this: {context}. Question: {question}")
+    chained = gather | prompt | model() | StrOutputParser() | AlignerRunnable(tell())
+    assert run(form, chained, "What of bears?") == "<What of bears?>"
+
+
 @pytest.mark.parametrize("form", ["stream", "astream"])
-def test_streaming_chains_record_no_input_so_the_model_tells(form: str) -> None:
-    chained = ask("question") | model() | AlignerRunnable(tell())
-    assert run(form, chained, {"question": "bears"}) == "<What of bears?>"
+def test_the_first_prompt_holds_what_was_asked(form: str) -> None:
+    """A chain may ask its own questions on the way: the user's is the one that went in first."""
+    rephrase = ask("question") | model("And bees?") | StrOutputParser() | (lambda text: {"question": text})
+    chained = rephrase | ask("question") | model() | AlignerRunnable(tell())
+    assert text_of(run(form, chained, {"question": "bears"})) == "<bears>"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_model_that_failed_is_no_rival(form: str) -> None:
+    def answer(topic: str) -> str:
+        try:
+            first.invoke("First?")
+        except ConnectionError:
+            return str(model().invoke("Second?").text)
+        raise AssertionError("the first model did not fail")
+
+    class Failing(FakeListChatModel):
+        def _generate(self, *args: Any, **kwargs: Any) -> Any:
+            raise ConnectionError
+
+    first = Failing(responses=[])
+    chained = RunnableLambda(answer) | AlignerRunnable(tell(), question_key="none")
+    assert run(form, chained, {"topic": "bears"}) == "<Second?>"
 
 
 def test_keys_are_tried_in_order() -> None:
