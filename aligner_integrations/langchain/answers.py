@@ -7,7 +7,7 @@ the rest, both as the steps that lead there (`jobs.py`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from langchain_core.messages import BaseMessage, BaseMessageChunk
@@ -97,18 +97,17 @@ class MappingStream:
         return [AddableDict(answer=part) for part in (yield from self._answer.close())]
 
 
-def slices(chunk: Any) -> Iterator[Any]:
+def slices(chunk: Any) -> Iterable[Any]:
     """Cut a chunk with a long text into several that join to the same."""
-    if isinstance(chunk, str):
-        yield from _cut(chunk)
-    elif isinstance(chunk, Mapping) and isinstance(chunk.get("answer"), str):
-        first, *rest = _cut(chunk["answer"])
-        yield {**chunk, "answer": first}
-        yield from ({"answer": text} for text in rest)
-    elif isinstance(chunk, BaseMessageChunk) and isinstance(chunk.content, str):
-        yield from cut_message(chunk, _cut(chunk.content))
-    else:
-        yield chunk
+    text = chunk.content if isinstance(chunk, BaseMessageChunk) else chunk
+    mapping = isinstance(chunk, Mapping)
+    text = chunk.get("answer") if mapping else text
+    if not isinstance(text, str) or len(text) <= _SLICE:
+        return (chunk,)
+    texts = [text[start : start + _SLICE] for start in range(0, len(text), _SLICE)]
+    if isinstance(chunk, BaseMessageChunk):
+        return cut_message(chunk, texts)
+    return [{**chunk, "answer": texts[0]}, *({"answer": each} for each in texts[1:])] if mapping else texts
 
 
 def open_answer(first: object, open_corrector: OpenCorrector) -> AnswerStream:
@@ -129,7 +128,3 @@ def mapping_cure(question_key: str) -> str:
         f"a mapping for the aligner must have {question_key!r} and 'answer'; "
         f'give {{"{question_key}": ..., "answer": ...}}, a str or a message'
     )
-
-
-def _cut(text: str) -> list[str]:
-    return [text[start : start + _SLICE] for start in range(0, len(text), _SLICE)] or [text]

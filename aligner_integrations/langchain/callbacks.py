@@ -129,6 +129,7 @@ class AsyncStreamAlignerCallbackHandler(Listening, AsyncCallbackHandler):
     """
 
     _awaits = True
+    run_inline = True  # awaited where it is called: no task per token, and its order among handlers is kept
 
     async def _run(self, event: str, /, *args: Any, **about: Any) -> None:
         steps = self.steps(event, *args, **about)

@@ -235,7 +235,10 @@ def _other_fields(kind: type[BaseMessageChunk]) -> dict[str, Callable[[], Any]]:
 
 
 def _carries_more(chunk: BaseMessageChunk) -> bool:
-    return any(getattr(chunk, name) for name in _other_fields(type(chunk))) or bool(chunk.model_extra)
+    for name in _other_fields(type(chunk)):  # a loop: this runs for every chunk
+        if getattr(chunk, name):
+            return True
+    return bool(chunk.model_extra)
 
 
 def _is_quiet(chunk: BaseMessageChunk) -> bool:
