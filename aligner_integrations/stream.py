@@ -103,7 +103,7 @@ class SentenceSession:
         return question, taken
 
     def _encode(self, question: str, core: str) -> Ids:
-        prefix = "".join(text for text, _ in self._window).strip()
+        prefix = "".join([text for text, _ in self._window]).strip()
         return self._aligner.encode_prompt(question, prefix, core, self._feedback)
 
     def _drop_oldest(self, target: int) -> None:

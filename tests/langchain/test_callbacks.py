@@ -20,6 +20,8 @@ from langchain_core.output_parsers import StrOutputParser
 from langchain_core.outputs import ChatGenerationChunk, LLMResult
 from langchain_core.runnables import RunnableConfig, RunnableParallel
 from langchain_core.tools import tool
+from langchain_core.tracers import BaseTracer
+from langchain_core.tracers.schemas import Run
 
 from aligner_integrations.errors import AlignerError, CorrectionFailedError
 from aligner_integrations.langchain import (
@@ -226,6 +228,29 @@ def test_langchains_own_terminal_handler_prints_corrected_text() -> None:
     with redirect_stdout(printed):
         list(LocalModel().stream("2 + 2?", {"callbacks": [handler]}))
     assert printed.getvalue() == MENDED
+
+
+class Tracer(BaseTracer):
+    """As Chainlit's handler is: it keeps runs, and looks up their parents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs: list[Run] = []
+
+    def _persist_run(self, run: Run) -> None:
+        self.runs.append(run)
+
+
+def test_a_tracer_as_sink_traces_corrected_runs() -> None:
+    tracer = Tracer()
+    chain = ask() | LocalModel() | StrOutputParser()
+    for form in ("invoke", "stream"):
+        handler = StreamAlignerCallbackHandler(ALIGNER, sink=tracer)
+        config, given = RunnableConfig(callbacks=[handler]), {"topic": "bears"}
+        _ = chain.invoke(given, config) if form == "invoke" else list(chain.stream(given, config))
+    assert len(tracer.runs) == 2
+    for run in tracer.runs:
+        assert MENDED in repr(run.outputs) and RAW not in repr((run.outputs, run.events))
 
 
 @tool
