@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.callbacks.manager import ahandle_event, handle_event
 
-from aligner_integrations.langchain.jobs import apart
+from aligner_integrations.langchain.jobs import apart, arun, run
 from aligner_integrations.langchain.listening import Event, Listening
 from aligner_integrations.langchain.updates import RunSegment, TextUpdate
 
@@ -53,17 +51,7 @@ class StreamAlignerCallbackHandler(Listening, BaseCallbackHandler):
     """
 
     def _run(self, event: str, /, *args: Any, **about: Any) -> None:
-        steps = self.steps(event, *args, **about)
-        go_on: Callable[[], Any] = partial(next, steps)
-        while True:
-            try:
-                step = go_on()
-            except StopIteration:
-                return
-            try:
-                go_on = partial(steps.send, self._perform(step))
-            except BaseException as error:
-                go_on = partial(steps.throw, error)
+        run(self.steps(event, *args, **about), self._perform)
 
     def _perform(self, step: Any) -> Any:
         if isinstance(step, Event):
@@ -132,17 +120,7 @@ class AsyncStreamAlignerCallbackHandler(Listening, AsyncCallbackHandler):
     run_inline = True  # awaited where it is called: no task per token, and its order among handlers is kept
 
     async def _run(self, event: str, /, *args: Any, **about: Any) -> None:
-        steps = self.steps(event, *args, **about)
-        go_on: Callable[[], Any] = partial(next, steps)
-        while True:
-            try:
-                step = go_on()
-            except StopIteration:
-                return
-            try:
-                go_on = partial(steps.send, await self._perform(step))
-            except BaseException as error:
-                go_on = partial(steps.throw, error)
+        await arun(self.steps(event, *args, **about), self._perform)
 
     async def _perform(self, step: Any) -> Any:
         if isinstance(step, Event):

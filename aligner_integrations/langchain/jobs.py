@@ -8,7 +8,8 @@ loop goes on, and a chunk that completes no sentence costs no thread.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Generator
+from collections.abc import Awaitable, Callable, Generator
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 from langchain_core.runnables.config import var_child_runnable_config
@@ -16,30 +17,37 @@ from langchain_core.runnables.config import var_child_runnable_config
 T = TypeVar("T")
 S = TypeVar("S")
 
-Job: TypeAlias = Callable[[], Any]
-Steps: TypeAlias = Generator[Job, Any, T]
+# Generators whose steps are jobs, or what else the one who runs them knows to perform.
+Steps: TypeAlias = Generator[Any, Any, T]
 
 
-def run(steps: Steps[T]) -> T:
-    """Do the jobs in place and return what the steps return."""
-    result: Any = None
+def run(steps: Steps[T], perform: Callable[[Any], Any] | None = None) -> T:
+    """Do the steps in place and return what they return; what a step raises is raised in them."""
+    go_on: Callable[[], Any] = partial(next, steps)
     while True:
         try:
-            job = steps.send(result)
+            step = go_on()
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return]
-        result = apart(job)
+        try:
+            go_on = partial(steps.send, (perform or apart)(step))
+        except BaseException as error:
+            go_on = partial(steps.throw, error)
 
 
-async def arun(steps: Steps[T]) -> T:
-    """Do the jobs in a thread, one after the other, and return what the steps return."""
-    result: Any = None
+async def arun(steps: Steps[T], perform: Callable[[Any], Awaitable[Any]] | None = None) -> T:
+    """Do the steps as `run` does; without `perform` each is a job that goes to a thread."""
+    go_on: Callable[[], Any] = partial(next, steps)
     while True:
         try:
-            job = steps.send(result)
+            step = go_on()
         except StopIteration as done:
             return done.value  # type: ignore[no-any-return]
-        result = await asyncio.to_thread(apart, job)
+        try:
+            result = await (perform(step) if perform else asyncio.to_thread(apart, step))
+            go_on = partial(steps.send, result)
+        except BaseException as error:
+            go_on = partial(steps.throw, error)
 
 
 def apart(job: Callable[[], T]) -> T:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
-from typing import Any, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, TypeAlias, get_args
 from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
@@ -17,18 +17,15 @@ from langchain_core.outputs import ChatGenerationChunk, GenerationChunk, LLMResu
 from aligner_integrations.aligner import Aligner
 from aligner_integrations.errors import AlignerError
 from aligner_integrations.langchain.heard import HeardAnswer, Update
+from aligner_integrations.langchain.jobs import Steps
 from aligner_integrations.langchain.options import CorrectionOptions
 from aligner_integrations.langchain.outlet import Outlet
 from aligner_integrations.langchain.question import question_text
 from aligner_integrations.langchain.upstream import as_chunk
 from aligner_integrations.resilience import WITHHELD_TEXT, OnError
 
-T = TypeVar("T")
-
 Mode: TypeAlias = Literal["hold", "optimistic"]
 Sink: TypeAlias = Callable[[Any], Any] | BaseCallbackHandler
-# A step is a job to do, an update for the sink, or an event for the handler that is the sink.
-_Steps: TypeAlias = Generator[Any, Any, T]
 
 # The events that are heard: the flag by which a handler says that it does not want them, and the names of
 # the arguments that LangChain gives by place or by name, as it likes.
@@ -126,7 +123,7 @@ class Listening:
 
     # What is heard.
 
-    def steps(self, name: str, /, *args: Any, **about: Any) -> _Steps[None]:
+    def steps(self, name: str, /, *args: Any, **about: Any) -> Steps[None]:
         """Return what one event leads to; `about` names the run."""
         places = _EVENTS[name][1][len(args) :]
         args = (*args, *(about.pop(place) for place in places if place in about))
@@ -148,7 +145,7 @@ class Listening:
             return self._closed(event, args[0])
         return self._closed(event) if name.endswith("_end") else self._tell(event)
 
-    def _started(self, event: Event, question: object = None) -> _Steps[None]:
+    def _started(self, event: Event, question: object = None) -> Steps[None]:
         run_id, parent = event.kwargs["run_id"], event.kwargs.get("parent_run_id")
         with self._lock:
             if not self._roots:
@@ -165,12 +162,12 @@ class Listening:
             )
         yield from self._tell(event)
 
-    def _token(self, token: Any, chunk: Any, about: dict[str, Any]) -> _Steps[None]:
+    def _token(self, token: Any, chunk: Any, about: dict[str, Any]) -> Steps[None]:
         if (answer := self._answers.get(about["run_id"])) is not None:
             message = getattr(chunk, "message", None)
             yield from self._heard(answer, message or AIMessageChunk(content=token), about)
 
-    def _protocol_event(self, event: Any, about: dict[str, Any]) -> _Steps[None]:
+    def _protocol_event(self, event: Any, about: dict[str, Any]) -> Steps[None]:
         answer = self._answers.get(about["run_id"])
         if answer is None:
             return
@@ -180,12 +177,12 @@ class Listening:
             # Whoever waits for the whole message may have it before `on_llm_end` is heard.
             yield from self._give(answer, (yield from answer.end()), about)
 
-    def _heard(self, answer: HeardAnswer, chunk: BaseMessage, about: dict[str, Any]) -> _Steps[None]:
+    def _heard(self, answer: HeardAnswer, chunk: BaseMessage, about: dict[str, Any]) -> Steps[None]:
         answer.show(chunk)
         yield from self._give(answer, [], about)
         yield from self._give(answer, (yield from answer.take(chunk)), about)
 
-    def _ended(self, response: LLMResult, about: dict[str, Any]) -> _Steps[None]:
+    def _ended(self, response: LLMResult, about: dict[str, Any]) -> Steps[None]:
         error: BaseException | None = None
         answer = self._answers.get(about["run_id"])
         try:
@@ -208,7 +205,7 @@ class Listening:
             self._answers.pop(about["run_id"], None)
             self._finished(about["run_id"], error)
 
-    def _failed(self, error: BaseException, about: dict[str, Any]) -> _Steps[None]:
+    def _failed(self, error: BaseException, about: dict[str, Any]) -> Steps[None]:
         try:
             if (answer := self._answers.pop(about["run_id"], None)) is not None:
                 yield from self._flush(answer, about)
@@ -216,7 +213,7 @@ class Listening:
         finally:
             self._finished(about["run_id"], error)
 
-    def _flush(self, answer: HeardAnswer, about: dict[str, Any]) -> _Steps[None]:
+    def _flush(self, answer: HeardAnswer, about: dict[str, Any]) -> Steps[None]:
         """Send what was held back of an answer that broke off, or what stands for it."""
         if self._options.on_error == "withhold":
             answer.withhold()
@@ -233,7 +230,7 @@ class Listening:
                 messages = []
         yield from self._give(answer, messages, about)
 
-    def _closed(self, event: Event, error: BaseException | None = None) -> _Steps[None]:
+    def _closed(self, event: Event, error: BaseException | None = None) -> Steps[None]:
         """A run around models ended. What a model inside it left open ends with it."""
         run_id = event.kwargs["run_id"]
         try:
@@ -254,12 +251,12 @@ class Listening:
 
     # Where it goes.
 
-    def _tell(self, event: Event) -> _Steps[None]:
+    def _tell(self, event: Event) -> Steps[None]:
         """Pass an event on. A chain's inputs and outputs hold raw text, so of chains no handler hears."""
         if self._handlers and not event.name.startswith("on_chain"):
             yield event
 
-    def _give(self, answer: HeardAnswer, messages: list[BaseMessage], about: dict[str, Any]) -> _Steps[None]:
+    def _give(self, answer: HeardAnswer, messages: list[BaseMessage], about: dict[str, Any]) -> Steps[None]:
         updates = list(answer.updates())
         if not self._handlers:
             yield from updates
