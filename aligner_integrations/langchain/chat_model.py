@@ -74,7 +74,7 @@ class AlignedChatModel(BaseChatModel):
     sink: Callable[[Segment], None] | None = Field(default=None, exclude=True)
     trace_original: bool = False
     _structured: bool = PrivateAttr(default=False)
-    # Of one stream under `trace_original`: langchain-core tells `_stream` nothing of the run it belongs to.
+    # Of one call under `trace_original`: langchain-core tells `_stream` nothing of the run it belongs to.
     _traced: RunnableConfig | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
@@ -158,7 +158,7 @@ class AlignedChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[AIMessageChunk]:
         """Stream the answer; each sentence goes out as soon as it is corrected."""
-        return BaseChatModel.stream(self._for_stream(config), input, config, stop=stop, **kwargs)
+        return BaseChatModel.stream(self._with_trace(config), input, config, stop=stop, **kwargs)
 
     def astream(
         self,
@@ -169,7 +169,7 @@ class AlignedChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[AIMessageChunk]:
         """Stream the answer without blocking the event loop; the corrections run in threads."""
-        return BaseChatModel.astream(self._for_stream(config), input, config, stop=stop, **kwargs)
+        return BaseChatModel.astream(self._with_trace(config), input, config, stop=stop, **kwargs)
 
     def invoke(
         self,
@@ -180,7 +180,7 @@ class AlignedChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> AIMessage:
         """Return the corrected answer."""
-        return BaseChatModel.invoke(self._for_stream(config), input, config, stop=stop, **kwargs)
+        return BaseChatModel.invoke(self._with_trace(config), input, config, stop=stop, **kwargs)
 
     async def ainvoke(
         self,
@@ -191,9 +191,9 @@ class AlignedChatModel(BaseChatModel):
         **kwargs: Any,
     ) -> AIMessage:
         """Return the corrected answer; the correction runs in a thread."""
-        return await BaseChatModel.ainvoke(self._for_stream(config), input, config, stop=stop, **kwargs)
+        return await BaseChatModel.ainvoke(self._with_trace(config), input, config, stop=stop, **kwargs)
 
-    def _for_stream(self, config: RunnableConfig | None) -> AlignedChatModel:
+    def _with_trace(self, config: RunnableConfig | None) -> AlignedChatModel:
         if not self.trace_original:
             return self
         copy = self.model_copy()

@@ -325,10 +325,10 @@ async def test_concurrent_runs_on_one_handler_do_not_cross(threads: bool) -> Non
     echo = scripted_aligner(lambda question, prefix, sentence: question)
     got: list[RunSegment] = []
     model = LocalModel()
-    questions: Any = [f"canary {number}" for number in range(40)]
+    questions: Any = [f"canary {number}" for number in range(200)]
     if threads:
         handler: Any = StreamAlignerCallbackHandler(echo, sink=got.append)
-        model.batch(questions, {"callbacks": [handler], "max_concurrency": 16})
+        model.batch(questions, {"callbacks": [handler], "max_concurrency": 50})
     else:
         handler = AsyncStreamAlignerCallbackHandler(echo, sink=got.append)
         await model.abatch(questions, {"callbacks": [handler]})

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
-from langchain_core.language_models import BaseChatModel, FakeListChatModel
+from langchain_core.language_models import BaseChatModel, FakeListChatModel, GenericFakeChatModel
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
 
@@ -72,4 +73,21 @@ class TestUnitAroundFake(_AroundFake, ChatModelUnitTests):
 
 
 class TestIntegrationAroundFake(_AroundFake, ChatModelIntegrationTests):
+    pass
+
+
+class _AroundGeneric(_AroundFake):
+    """A fake that streams word by word."""
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        answers = itertools.repeat("2 + 2 = 5. So it is.")
+        return {"model": GenericFakeChatModel(messages=answers), "aligner": ALIGNER}
+
+
+class TestUnitAroundGeneric(_AroundGeneric, ChatModelUnitTests):
+    pass
+
+
+class TestIntegrationAroundGeneric(_AroundGeneric, ChatModelIntegrationTests):
     pass
