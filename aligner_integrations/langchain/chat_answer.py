@@ -40,7 +40,9 @@ class ChatAnswer:
 
     def push(self, chunk: BaseMessage) -> Steps[list[BaseMessage]]:
         """Take a chunk of the answer; what can be sent comes of it."""
-        return [chunk] if self._left_alone else (yield from self._stream.push(chunk))
+        if self._left_alone:
+            return [chunk]
+        return (yield from self._stream.push(_without_logprobs(chunk)))
 
     def close(self) -> Steps[list[BaseMessage]]:
         """End the answer; what is left of it comes of it."""
@@ -49,7 +51,7 @@ class ChatAnswer:
     def correct(self, message: BaseMessage) -> BaseMessage:
         """Return a finished answer corrected, with the receipt."""
         if not self._left_alone:
-            message = correct_message(message, self._open, thoughts=self._thoughts)
+            message = correct_message(_without_logprobs(message), self._open, thoughts=self._thoughts)
         metadata = dict(message.response_metadata)
         for receipt in self.receipt():
             metadata |= receipt.response_metadata
@@ -88,6 +90,14 @@ def _cost(segments: Sequence[Segment]) -> dict[str, Any]:
         "seconds": sum(one.seconds for one in stats),
         "provider": stats[-1].provider,
     }
+
+
+def _without_logprobs(message: BaseMessage) -> BaseMessage:
+    """Return the message without what providers say of its tokens: they spell the raw text."""
+    if "logprobs" not in message.response_metadata:
+        return message
+    kept = {name: value for name, value in message.response_metadata.items() if name != "logprobs"}
+    return message.model_copy(update={"response_metadata": kept})
 
 
 def is_structured(kwargs: Mapping[str, Any]) -> bool:

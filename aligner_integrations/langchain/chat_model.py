@@ -40,7 +40,8 @@ class AlignedChatModel(BaseChatModel):
 
     The call of the wrapped model is not a run of its own: no callback, tracer, LangGraph stream or event
     stream hears of it, unless `trace_original` is set. Tool calls, reasoning and other blocks, ids, metadata
-    and usage are the wrapped model's. What the aligner itself cost is in `response_metadata["aligner"]`.
+    and usage are the wrapped model's; log probabilities are left out, for they spell its raw tokens. What
+    the aligner itself cost is in `response_metadata["aligner"]`.
     Structured output (`with_structured_output`, `response_format=...`) is left alone. The question is the
     last human message.
 
@@ -275,10 +276,10 @@ class AlignedChatModel(BaseChatModel):
 
 def _corrected(result: ChatResult, answers: list[ChatAnswer]) -> ChatResult:
     """Return a result with the text of each generation corrected."""
-    generations = [
-        ChatGeneration(message=answer.correct(each.message), generation_info=each.generation_info)
-        for each, answer in zip(result.generations, answers, strict=True)
-    ]
+    generations = []
+    for each, answer in zip(result.generations, answers, strict=True):
+        info = {name: value for name, value in (each.generation_info or {}).items() if name != "logprobs"}
+        generations.append(ChatGeneration(message=answer.correct(each.message), generation_info=info or None))
     return ChatResult(generations=generations, llm_output=result.llm_output)
 
 

@@ -24,7 +24,7 @@ Update: TypeAlias = RunSegment | TextUpdate
 class HeardAnswer:
     """One run of a model: what it was asked, what it has said, and how much of that is corrected.
 
-    `take`, `end` and `fail` give the corrected message chunks; `updates` gives what to show.
+    `take` and `end` give the corrected message chunks, `updates` gives what to show.
     """
 
     def __init__(

@@ -175,6 +175,27 @@ def test_usage_ids_and_metadata_are_the_models_once() -> None:
         assert cost["forwards"] >= 3 and cost["provider"] == "scripted" and cost["on_error"] == "raise"
 
 
+class WithLogprobs(LocalModel):
+    """Says, as some providers do, how likely each of its tokens was."""
+
+    def _stream(self, *args: Any, **kwargs: Any) -> Iterator[ChatGenerationChunk]:
+        for number, chunk in enumerate(super()._stream(*args, **kwargs)):
+            info = {"logprobs": {"content": [{"token": chunk.text, "logprob": -0.1}]}}
+            metadata = {**chunk.message.response_metadata, **(info if number % 2 else {})}
+            message = chunk.message.model_copy(update={"response_metadata": metadata})
+            yield ChatGenerationChunk(message=message, generation_info=None if number % 2 else info)
+
+
+def test_log_probabilities_do_not_spell_the_raw_text() -> None:
+    model = aligned(WithLogprobs())
+    for message in (model.invoke("2 + 2?"), *model.stream("2 + 2?")):
+        assert "logprob" not in repr(message)
+    assert model.invoke("2 + 2?").response_metadata["finish_reason"] == "stop"
+    schema = {"title": "Sum", "type": "object", "properties": {}}
+    left = model.invoke("2 + 2?", response_format=schema)
+    assert "logprob" in repr(left) and left.text == ANSWER  # what is left alone is left alone
+
+
 @tool
 def add(left: int, right: int) -> int:
     """Add two numbers."""
