@@ -195,8 +195,9 @@ class StreamCorrector:
         if self._closed:
             return []
         self._take_end()
+        note = Finding("left_alone", "released without a correction", "accepted")
         for piece in self._pending:
-            self._ready.append(self._as_segment(self._aligner.untouched(self._question, str(piece))))
+            self._ready.append(self._as_segment(self._aligner.untouched(self._question, str(piece), note)))
         delivered = self._ready
         self._release()
         return delivered

@@ -122,6 +122,31 @@ def test_code_and_tables_pass_as_they_are() -> None:
     assert [segment.stats.forwards for segment in segments if "```" in segment.original] == [0]
 
 
+@given(text=TEXTS, borders=st.lists(st.integers(0, 10_000), max_size=10))
+def test_feeding_first_and_correcting_later_is_pushing(text: str, borders: list[int]) -> None:
+    """An event loop feeds in place and corrects in a thread; nothing else differs."""
+    chunks, aligner = cut(text, borders), rewriting()
+    whole = run(aligner, chunks)
+    stream, parts = aligner.stream("Q?"), list[Segment]()
+    for chunk in chunks:
+        waits = stream.feed(chunk)
+        done = stream.push("") if waits else []
+        assert waits == bool(done)
+        parts += done
+    assert timeless([*parts, *stream.close()]) == timeless(whole)
+
+
+@given(text=TEXTS, borders=st.lists(st.integers(0, 10_000), max_size=10))
+def test_released_text_is_what_push_has_not_given(text: str, borders: list[int]) -> None:
+    stream, parts = rewriting().stream("Q?"), list[Segment]()
+    for chunk in cut(text, borders):
+        parts += stream.push(chunk)
+    rest = stream.release()
+    assert "".join(segment.original for segment in [*parts, *rest]) == text
+    assert all(not segment.changed and segment.findings[0].check == "left_alone" for segment in rest)
+    assert stream.release() == stream.close() == []
+
+
 def test_a_closed_stream_takes_no_more() -> None:
     stream = copying().stream("Q?")
     stream.push("A sentence. ")
