@@ -7,14 +7,13 @@ corrected by `AlignerRunnable`, `AlignedChatModel` or `AlignerMiddleware`.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.callbacks.manager import ahandle_event, handle_event
 
-from aligner_integrations.langchain.jobs import apart, arun, run
+from aligner_integrations.langchain.jobs import apart, arun, inline, run, settled
 from aligner_integrations.langchain.listening import Event, Listening
 from aligner_integrations.langchain.updates import RunSegment, TextUpdate
 
@@ -37,8 +36,9 @@ class StreamAlignerCallbackHandler(Listening, BaseCallbackHandler):
         aligner: What corrects; without one the bundled model is loaded on first use.
         sink: Where the text goes: a callable, called with each segment (or update); or another callback
             handler, which hears of models, tools and retrievers as usual but gets the corrected text in
-            `on_llm_new_token` and `on_llm_end` (of chains it does not hear: their inputs and outputs hold the
-            raw text). Without a sink, iterate over the handler itself, in another thread or task.
+            `on_llm_new_token` and `on_llm_end`. What models, tools and retrievers are *given* it hears as it
+            is; of chains, whose every step is given the raw text, nothing. Without a sink, iterate over
+            the handler itself, in another thread or task.
         mode: `"hold"` or `"optimistic"`; a handler as sink can only append, so it takes `"hold"`.
         question: What was asked, if it is not the last human message (or the prompt of a completion model).
         on_error: What a failed correction does: `"raise"`, `"pass_through"` (the original is shown) or
@@ -113,11 +113,12 @@ class AsyncStreamAlignerCallbackHandler(Listening, AsyncCallbackHandler):
     """`StreamAlignerCallbackHandler` for async runs: corrections run in threads, the event loop goes on.
 
     The sink may be a coroutine function, an async handler, or any that the sync handler takes; iterate with
-    `async for`. The arguments are the same.
+    `async for`. The arguments are the same. In sync runs LangChain swallows what async handlers raise:
+    a failed correction then stops the text but not the run, so take the sync handler there.
     """
 
     _awaits = True
-    run_inline = True  # awaited where it is called: no task per token, and its order among handlers is kept
+    run_inline = inline  # awaited where it is called: no task per token, and its order among handlers is kept
 
     async def _run(self, event: str, /, *args: Any, **about: Any) -> None:
         await arun(self.steps(event, *args, **about), self._perform)
@@ -126,7 +127,7 @@ class AsyncStreamAlignerCallbackHandler(Listening, AsyncCallbackHandler):
         if isinstance(step, Event):
             return await ahandle_event(self._handlers, step.name, step.ignore, *step.args, **step.kwargs)
         if not isinstance(step, (RunSegment, TextUpdate)):
-            return await asyncio.to_thread(apart, step)
+            return await settled(step)
         if not callable(self._sink):
             return await self._outlet.aput(step)
         done = self._sink(step)

@@ -42,7 +42,7 @@ class ChatAnswer:
         """Take a chunk of the answer; what can be sent comes of it."""
         if self._left_alone:
             return [chunk]
-        return (yield from self._stream.push(_without_logprobs(chunk)))
+        return (yield from self._stream.push(without_logprobs(chunk)))
 
     def close(self) -> Steps[list[BaseMessage]]:
         """End the answer; what is left of it comes of it."""
@@ -51,7 +51,7 @@ class ChatAnswer:
     def correct(self, message: BaseMessage) -> BaseMessage:
         """Return a finished answer corrected, with the receipt."""
         if not self._left_alone:
-            message = correct_message(_without_logprobs(message), self._open, thoughts=self._thoughts)
+            message = correct_message(without_logprobs(message), self._open, thoughts=self._thoughts)
         metadata = dict(message.response_metadata)
         for receipt in self.receipt():
             metadata |= receipt.response_metadata
@@ -92,7 +92,7 @@ def _cost(segments: Sequence[Segment]) -> dict[str, Any]:
     }
 
 
-def _without_logprobs(message: BaseMessage) -> BaseMessage:
+def without_logprobs(message: BaseMessage) -> BaseMessage:
     """Return the message without what providers say of its tokens: they spell the raw text."""
     if "logprobs" not in message.response_metadata:
         return message

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
 from uuid import UUID
 
 from langchain_core.messages import AIMessageChunk, BaseMessage
@@ -12,6 +12,7 @@ from langchain_core.outputs import ChatGeneration, LLMResult
 
 from aligner_integrations.correction import Finding, Segment
 from aligner_integrations.langchain.answers import slices
+from aligner_integrations.langchain.chat_answer import without_logprobs
 from aligner_integrations.langchain.jobs import Steps
 from aligner_integrations.langchain.messages import MessageStream, correct_message, text_of
 from aligner_integrations.langchain.options import CorrectionOptions
@@ -32,32 +33,29 @@ class HeardAnswer:
     ) -> None:
         self.run_id = run_id
         self.is_chat = is_chat
-        self.spoke = False  # whether text came before the run's end
+        self.updates: deque[Update] = deque()  # what there is to show
+        self.silent = False  # whether nothing is to be shown any more
+        self.spoke = False  # whether anything came before the run's end ...
+        self.source: Literal["tokens", "events"] | None = None  # ... and in which of the two ways
         self._options = options
         self._question = question
         self._optimistic = optimistic
         self._stream = MessageStream(self._open)
         self._blocks: dict[int, str] = {}  # text of each block so far, on the path of protocol events
-        self._updates: list[Update] = []
         self._segments: list[RunSegment] = []
         self._settled = 0  # characters shown that stay ...
         self._pending = 0  # ... and characters of raw text that wait for their correction
         self._originals = 0
         self._withholding: list[str] | None = None
 
-    def updates(self) -> Iterator[Update]:
-        """Yield what there is to show, once."""
-        updates, self._updates = self._updates, []
-        yield from updates
-
     def show(self, chunk: BaseMessage) -> None:
         """Note the text of a chunk as it is, to be shown until it is corrected."""
         blocks = [chunk.content] if isinstance(chunk.content, str) else chunk.content
         text = "".join(text_of(block) or "" for block in blocks)
-        self.spoke = self.spoke or bool(text)
+        self.spoke = self.spoke or bool(chunk.content) or bool(getattr(chunk, "tool_call_chunks", None))
         if text and self._optimistic:
             at = self._settled + self._pending
-            self._updates.append(TextUpdate(run_id=self.run_id, start=at, end=at, text=text))
+            self._show(TextUpdate(run_id=self.run_id, start=at, end=at, text=text))
             self._pending += len(text)
 
     def take(self, chunk: BaseMessage) -> Steps[list[BaseMessage]]:
@@ -84,13 +82,16 @@ class HeardAnswer:
         """Take back provisional text that will not be corrected any more."""
         if self._optimistic and self._pending:
             end = self._settled + self._pending
-            self._updates.append(TextUpdate(run_id=self.run_id, start=self._settled, end=end, text=""))
+            self._show(TextUpdate(run_id=self.run_id, start=self._settled, end=end, text=""))
             self._pending = 0
 
     def chunk_of(self, event: Mapping[str, Any]) -> AIMessageChunk | None:
         """Return the text of a protocol event (`stream_events(version="v3")`) as a message chunk."""
         content = event.get("delta") or event.get("content") or {}
-        if event.get("event") not in _BLOCK_EVENTS or content.get("type") not in ("text", "text-delta"):
+        if event.get("event") not in _BLOCK_EVENTS:
+            return None
+        self.spoke = True
+        if content.get("type") not in ("text", "text-delta"):
             return None
         index, text = event.get("index", 0), content.get("text") or ""
         before = self._blocks.get(index, "")
@@ -100,22 +101,34 @@ class HeardAnswer:
         self._blocks[index] = before + text
         return AIMessageChunk(content=[{"type": "text", "text": text, "index": index}]) if text else None
 
+    def is_ended_by(self, event: Mapping[str, Any]) -> bool:
+        """Whether a protocol event ends the text that is running."""
+        kind = (event.get("content") or {}).get("type")
+        ends = event.get("event") == "content-block-finish" and kind == "text"
+        return ends and self._stream.running == event.get("index", 0)
+
     def corrected_result(self, response: LLMResult) -> LLMResult:
         """Return a run's result with its texts corrected: as they were shown, without running again."""
         generations: list[list[Any]] = [list(each) for each in response.generations]
         for each in generations:
             for at, generation in enumerate(each):
                 each[at] = self._corrected(generation, shown=at == 0)
-        return response.model_copy(update={"generations": generations})
+        output = {name: value for name, value in (response.llm_output or {}).items() if name != "logprobs"}
+        update = {"generations": generations, "llm_output": output if response.llm_output else None}
+        return response.model_copy(update=update)
 
     def _corrected(self, generation: Any, *, shown: bool) -> Any:
         message = getattr(generation, "message", None) or AIMessageChunk(content=generation.text)
         corrected = self._as_shown(message) if shown else None
         if corrected is None:  # another candidate, or not what was streamed
             corrected = correct_message(message, self._open_unheard)
+        info = {
+            name: value for name, value in (generation.generation_info or {}).items() if name != "logprobs"
+        }
         if isinstance(generation, ChatGeneration):
-            return type(generation)(message=corrected, generation_info=generation.generation_info)
-        return generation.model_copy(update={"text": str(corrected.text)})
+            message = without_logprobs(corrected)
+            return type(generation)(message=message, generation_info=info or None)
+        return generation.model_copy(update={"text": str(corrected.text), "generation_info": info or None})
 
     def _as_shown(self, message: BaseMessage) -> BaseMessage | None:
         """Return the message with each text replaced by the segments shown of it; None if they don't fit."""
@@ -144,6 +157,10 @@ class HeardAnswer:
     def _open(self, text: str, message_id: str | None) -> StreamCorrector:
         return self._options.open(self._question, self._note)
 
+    def _show(self, update: Update) -> None:
+        if not self.silent:
+            self.updates.append(update)
+
     def _note(self, segment: Segment) -> None:
         if self._withholding is not None:
             self._withholding.append(segment.original)
@@ -166,11 +183,9 @@ class HeardAnswer:
         self._originals += len(own.original)
         if self._optimistic:
             start, end = self._settled, self._settled + len(own.original)
-            self._updates.append(
-                TextUpdate(run_id=self.run_id, start=start, end=end, text=own.text, segment=own)
-            )
+            self._show(TextUpdate(run_id=self.run_id, start=start, end=end, text=own.text, segment=own))
         else:
-            self._updates.append(own)
+            self._show(own)
         self._settled += len(own.text)
         self._pending -= len(own.original) if self._optimistic else 0
 

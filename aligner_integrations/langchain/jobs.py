@@ -8,7 +8,9 @@ loop goes on, and a chunk that completes no sentence costs no thread.
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Awaitable, Callable, Generator
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
@@ -50,6 +52,20 @@ async def arun(steps: Steps[T], perform: Callable[[Any], Awaitable[Any]] | None 
             go_on = partial(steps.throw, error)
 
 
+async def settled(job: Callable[[], T]) -> T:
+    """Do a job in a thread; when cancelled, see it to its end first: it must not go on beside its sequel."""
+    task = asyncio.ensure_future(asyncio.to_thread(apart, job))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # looked at, so that nobody is told that it was not
+        raise
+
+
 def apart(job: Callable[[], T]) -> T:
     """Do a job outside the run around it.
 
@@ -80,3 +96,18 @@ def inside(sink: Callable[[S], None] | None) -> Callable[[S], None] | None:
             var_child_runnable_config.reset(token)
 
     return call
+
+
+def _asked_inline(handler: object) -> bool:
+    """Whether a handler runs in place: always, but where langchain-core asks at the start of a completion.
+
+    There (1.7.2, `AsyncCallbackManager.on_llm_start`) one handler that runs in place makes it forget all
+    that do not. Told no, it tells every handler; this one is run in place all the same.
+    """
+    asker = sys._getframe(1)
+    if asker.f_code.co_name == "<listcomp>" and asker.f_back is not None:
+        asker = asker.f_back
+    return asker.f_code.co_name != "on_llm_start"
+
+
+inline: Any = property(_asked_inline)

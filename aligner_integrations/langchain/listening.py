@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
@@ -16,6 +17,7 @@ from langchain_core.outputs import ChatGenerationChunk, GenerationChunk, LLMResu
 
 from aligner_integrations.aligner import Aligner
 from aligner_integrations.errors import AlignerError
+from aligner_integrations.langchain.chat_answer import without_logprobs
 from aligner_integrations.langchain.heard import HeardAnswer, Update
 from aligner_integrations.langchain.jobs import Steps
 from aligner_integrations.langchain.options import CorrectionOptions
@@ -97,11 +99,13 @@ class Listening:
             self._sink = sink
         self._mode = mode
         self._question = question
-        self._answers: dict[UUID, HeardAnswer] = {}
         self._outlet: Outlet[Update] = Outlet(buffer_size, buffer_timeout)
-        self._lock = threading.Lock()
-        self._roots: dict[UUID, UUID] = {}  # runs in progress, each with the outermost run around it
-        self._error: BaseException | None = None
+        # Runs are noted by number, not by their UUID: that is LangChain's, and its end is watched.
+        self._answers: dict[int, HeardAnswer] = {}
+        self._roots: dict[int, int] = {}  # runs in progress, each with the outermost run around it
+        self._lock = threading.RLock()
+        self._first: int | None = None  # the run that began the round ...
+        self._error: BaseException | None = None  # ... and what went wrong in it
 
     def __iter__(self) -> Iterator[Update]:
         """Iterate over what comes, until the outermost run ends; the handler must have no sink.
@@ -147,33 +151,56 @@ class Listening:
 
     def _started(self, event: Event, question: object = None) -> Steps[None]:
         run_id, parent = event.kwargs["run_id"], event.kwargs.get("parent_run_id")
+        self._note(run_id, parent, question, is_chat=event.name == "on_chat_model_start")
+        try:
+            yield from self._tell(event)
+        except BaseException:  # a run that is not begun is not ended either
+            self._answers.pop(run_id.int, None)
+            self._finished(run_id.int, None)
+            raise
+
+    def _note(self, run_id: UUID, parent: UUID | None, question: object, *, is_chat: bool) -> None:
         with self._lock:
-            if not self._roots:
-                self._error = None
+            root = self._roots.get(parent.int, run_id.int) if parent else run_id.int
+            if root == run_id.int:
+                if not self._roots:
+                    self._first, self._error = root, None
                 self._outlet.begin()
-            self._roots[run_id] = self._roots.get(parent, run_id) if parent else run_id
+                # LangChain does not tell the end of every run: of one that is cancelled or dropped, say.
+                weakref.finalize(run_id, self._vanished, root).atexit = False
+            self._roots[run_id.int] = root
         if question is not None:
-            self._answers[run_id] = HeardAnswer(
+            self._answers[run_id.int] = HeardAnswer(
                 self._options,
                 self._question if self._question is not None else question_text(question),
-                run_id=run_id,
-                is_chat=event.name == "on_chat_model_start",
+                run_id=UUID(int=run_id.int),
+                is_chat=is_chat,
                 optimistic=self._mode == "optimistic",
             )
-        yield from self._tell(event)
+
+    def _answer(self, about: dict[str, Any], *, is_chat: bool) -> HeardAnswer:
+        """Return the answer that a run gives; of a run whose start was not heard, what was asked is open."""
+        run_id: UUID = about["run_id"]
+        if run_id.int not in self._answers:
+            self._note(run_id, about.get("parent_run_id"), "", is_chat=is_chat)
+        return self._answers[run_id.int]
 
     def _token(self, token: Any, chunk: Any, about: dict[str, Any]) -> Steps[None]:
-        if (answer := self._answers.get(about["run_id"])) is not None:
-            message = getattr(chunk, "message", None)
+        about.pop("logprobs", None)  # they spell the raw text
+        message = getattr(chunk, "message", None)
+        answer = self._answer(about, is_chat=message is not None)
+        if answer.source in (None, "tokens"):
+            answer.source = "tokens"
             yield from self._heard(answer, message or AIMessageChunk(content=token), about)
 
     def _protocol_event(self, event: Any, about: dict[str, Any]) -> Steps[None]:
-        answer = self._answers.get(about["run_id"])
-        if answer is None:
+        answer = self._answer(about, is_chat=True)
+        if answer.source == "tokens":  # a model may say its tokens while LangChain makes events of them
             return
+        answer.source = "events"
         if (chunk := answer.chunk_of(event)) is not None:
             yield from self._heard(answer, chunk, about)
-        if event.get("event") == "content-block-finish":
+        if answer.is_ended_by(event):
             # Whoever waits for the whole message may have it before `on_llm_end` is heard.
             yield from self._give(answer, (yield from answer.end()), about)
 
@@ -183,41 +210,42 @@ class Listening:
         yield from self._give(answer, (yield from answer.take(chunk)), about)
 
     def _ended(self, response: LLMResult, about: dict[str, Any]) -> Steps[None]:
-        error: BaseException | None = None
-        answer = self._answers.get(about["run_id"])
+        number, error = about["run_id"].int, None
+        answer = self._answer(about, is_chat=_is_chat(response))
         try:
-            if answer is not None:
-                first = next((each for candidates in response.generations for each in candidates), None)
-                if first is not None and not answer.spoke:  # the model did not stream
-                    whole = getattr(first, "message", None) or AIMessageChunk(content=first.text)
-                    yield from self._heard(answer, whole, about)
-                yield from self._give(answer, (yield from answer.end()), about)
-                if self._handlers:
-                    response = yield partial(answer.corrected_result, response)
-                    yield Event("on_llm_end", response, **about)
+            first = next((each for candidates in response.generations for each in candidates), None)
+            if first is not None and not answer.spoke:  # the model did not stream
+                whole = getattr(first, "message", None) or AIMessageChunk(content=first.text)
+                yield from self._heard(answer, whole, about)
+            messages = yield from answer.end()
+            answer.take_back()  # of what a failure, swallowed on the way here, kept from being corrected
+            yield from self._give(answer, messages, about)
+            if self._handlers:
+                response = yield partial(answer.corrected_result, response)
+                yield Event("on_llm_end", response, **about)
         except BaseException as raised:
             error = raised
-            if answer is not None:
-                answer.take_back()
-                yield from self._give(answer, [], about)
+            answer.take_back()
+            yield from self._give(answer, [], about)
             raise
         finally:
-            self._answers.pop(about["run_id"], None)
-            self._finished(about["run_id"], error)
+            self._answers.pop(number, None)
+            self._finished(number, error)
 
     def _failed(self, error: BaseException, about: dict[str, Any]) -> Steps[None]:
+        number = about["run_id"].int
         try:
-            if (answer := self._answers.pop(about["run_id"], None)) is not None:
+            if (answer := self._answers.pop(number, None)) is not None:
                 yield from self._flush(answer, about)
             yield from self._tell(Event("on_llm_error", error, **about))
         finally:
-            self._finished(about["run_id"], error)
+            self._finished(number, error)
 
     def _flush(self, answer: HeardAnswer, about: dict[str, Any]) -> Steps[None]:
         """Send what was held back of an answer that broke off, or what stands for it."""
+        messages: list[BaseMessage] = []
         if self._options.on_error == "withhold":
             answer.withhold()
-            messages: list[BaseMessage] = []
         else:
             try:
                 messages = yield from answer.end()
@@ -226,28 +254,40 @@ class Listening:
                 logger.warning(
                     "the last sentence of a failed run could not be corrected: %s", type(error).__name__
                 )
-                answer.take_back()
-                messages = []
+        answer.take_back()
         yield from self._give(answer, messages, about)
 
     def _closed(self, event: Event, error: BaseException | None = None) -> Steps[None]:
-        """A run around models ended. What a model inside it left open ends with it."""
-        run_id = event.kwargs["run_id"]
+        """A run around models ended. Whatever inside it did not say that it ended has ended with it."""
+        run_id: UUID = event.kwargs["run_id"]
         try:
-            for lost in [each for each in list(self._answers) if self._roots.get(each) == run_id]:
-                yield from self._flush(self._answers.pop(lost), {"run_id": lost})
+            for lost in [each for each, root in tuple(self._roots.items()) if root == run_id.int != each]:
+                if (answer := self._answers.pop(lost, None)) is not None:
+                    yield from self._flush(answer, {"run_id": answer.run_id})
                 self._roots.pop(lost, None)
             yield from self._tell(event)
         finally:
-            self._finished(run_id, error)
+            self._finished(run_id.int, error)
 
-    def _finished(self, run_id: UUID, error: BaseException | None) -> None:
+    def _finished(self, number: int, error: BaseException | None) -> None:
         with self._lock:
-            root = self._roots.pop(run_id, None)
-            if root == run_id and self._error is None and isinstance(error, Exception):
+            if (root := self._roots.pop(number, None)) is None:
+                return
+            if root == number and isinstance(error, Exception) and self._error is None:
                 self._error = error
-            if root is not None and not self._roots:
-                self._outlet.end(self._error if self._options.on_error == "raise" else None)
+            if self._roots:
+                return
+            if number == self._first:
+                self._error = error  # the outermost run may have lived with what failed in it
+            raised = self._error if isinstance(self._error, Exception) else None
+            self._outlet.end(raised if self._options.on_error == "raise" else None)
+
+    def _vanished(self, root: int) -> None:
+        """Forget a run that is no more and never said that it ended, and all that was in it."""
+        with self._lock:
+            for number in [each for each, above in tuple(self._roots.items()) if above == root]:
+                self._answers.pop(number, None)
+                self._finished(number, None)
 
     # Where it goes.
 
@@ -257,18 +297,32 @@ class Listening:
             yield event
 
     def _give(self, answer: HeardAnswer, messages: list[BaseMessage], about: dict[str, Any]) -> Steps[None]:
-        updates = list(answer.updates())
         if not self._handlers:
-            yield from updates
+            while answer.updates:
+                try:
+                    yield answer.updates[0]
+                except Exception:
+                    answer.updates.clear()  # the sink is gone; later text would stand in the wrong place
+                    answer.silent = True
+                    raise
+                # Not before: a writer that was cancelled while it waited for room has not delivered.
+                if answer.updates:
+                    answer.updates.popleft()
             return
         if not messages:  # withheld: no chunk of the model's says this
-            messages = [AIMessageChunk(content=update.text) for update in updates]
+            messages = [AIMessageChunk(content=update.text) for update in answer.updates]
+        answer.updates.clear()
         for message in messages:
+            message = without_logprobs(message)
             text = str(message.text)
             chunk: Any = GenerationChunk(text=text)
             if answer.is_chat:
                 chunk = ChatGenerationChunk(message=as_chunk(message))
             yield Event("on_llm_new_token", text, **{**about, "chunk": chunk})
+
+
+def _is_chat(response: LLMResult) -> bool:
+    return any(hasattr(each, "message") for candidates in response.generations for each in candidates)
 
 
 def _check(sink: object, mode: object, question: object, buffer_size: object) -> None:

@@ -56,6 +56,11 @@ class MessageStream:
         self._held: deque[tuple[int, _Part]] = deque()  # what waits, and after how much text it came
         self._latest: BaseMessageChunk | None = None
 
+    @property
+    def running(self) -> object:
+        """The index of the text block that is coming now; None for none, and for string content."""
+        return self._slot
+
     def push(self, chunk: BaseMessage) -> Steps[list[BaseMessage]]:
         if not isinstance(chunk, BaseMessage):
             raise TypeError(f"a stream of messages goes on with {type(chunk).__name__}; give messages only")

@@ -32,18 +32,20 @@ class Outlet(Generic[T]):
     def __init__(self, size: int, timeout: float | None) -> None:
         self._size = size
         self._timeout = timeout
-        self._lock = threading.Lock()
+        # Reentrant: an abandoned run that is collected while the lock is held ends its round.
+        self._lock = threading.RLock()
         self._items: deque[T | _End] = deque()
         self._held = 0  # items, ends not counted
         self._going = False  # a round has begun and not ended
         self._dropping = False
+        self._reading = False
         self._writers: list[Future[None]] = []
         self._readers: list[Future[None]] = []
 
     def begin(self) -> None:
-        """Begin a round."""
+        """Begin a round, or let one more run into it."""
         with self._lock:
-            self._going = True
+            self._going, self._dropping = True, False
 
     def put(self, item: T) -> None:
         """Hand over an item; wait while the buffer is full.
@@ -77,6 +79,7 @@ class Outlet(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         ended = False
+        self._start_reading()
         try:
             while True:
                 got = self._take()
@@ -90,11 +93,11 @@ class Outlet(Generic[T]):
                 else:
                     yield got
         finally:
-            if not ended:
-                self._abandon()
+            self._stop_reading(ended)
 
     async def __aiter__(self) -> AsyncIterator[T]:
         ended = False
+        self._start_reading()
         try:
             while True:
                 got = self._take()
@@ -108,8 +111,7 @@ class Outlet(Generic[T]):
                 else:
                     yield got
         finally:
-            if not ended:
-                self._abandon()
+            self._stop_reading(ended)
 
     def _offer(self, item: T) -> Future[None] | None:
         """Take `item`, or return what to wait for first."""
@@ -134,15 +136,22 @@ class Outlet(Generic[T]):
                 _wake(self._writers)
             return got
 
-    def _abandon(self) -> None:
-        """Drop what is left of this round."""
+    def _start_reading(self) -> None:
         with self._lock:
-            while self._items:
-                if isinstance(self._items.popleft(), _End):
-                    break
-                self._held -= 1
-            else:
-                self._dropping = self._going
+            if self._reading:
+                raise AlignerError(
+                    "somebody iterates over this handler already; use one handler for each reader"
+                )
+            self._reading, self._dropping = True, False
+
+    def _stop_reading(self, ended: bool) -> None:
+        """Let go; a reader that stopped early drops what is left of this round."""
+        with self._lock:
+            self._reading = False
+            while not ended and self._items:
+                ended = isinstance(self._items.popleft(), _End)
+                self._held -= not ended
+            self._dropping = not ended and self._going
             _wake(self._writers)
 
     def _stuck(self) -> AlignerError:

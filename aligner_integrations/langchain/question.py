@@ -29,6 +29,7 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.tracers.context import register_configure_hook
 
 from aligner_integrations.errors import QuestionNotFoundError
+from aligner_integrations.langchain.jobs import inline
 
 # Keys under which chains usually take the question, best first (the contract's order).
 _KEYS = ("question", "input", "query", "messages")
@@ -75,7 +76,7 @@ class QuestionRecorder(BaseCallbackHandler):
     """Notes, for every run in progress, what its chain was given and what its models were asked."""
 
     # Called in place, on the event loop too: every method is a few dictionary operations.
-    run_inline = True
+    run_inline = inline
     ignore_llm = False
     ignore_retriever = True
     ignore_agent = True

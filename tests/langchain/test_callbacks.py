@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
+import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout, suppress
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler, StreamingStdOutCallbackHandler
-from langchain_core.language_models import FakeListChatModel, FakeStreamingListLLM
+from langchain_core.language_models import LLM, FakeListChatModel, FakeStreamingListLLM, GenericFakeChatModel
 from langchain_core.messages import AIMessageChunk, BaseMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.outputs import ChatGenerationChunk, LLMResult
-from langchain_core.runnables import RunnableConfig, RunnableParallel
+from langchain_core.runnables import RunnableConfig, RunnableLambda, RunnableParallel
 from langchain_core.tools import tool
 from langchain_core.tracers import BaseTracer
 from langchain_core.tracers.schemas import Run
@@ -620,3 +623,250 @@ def test_messages_are_left_as_they_are() -> None:
     chunks: list[BaseMessage] = list(LocalModel().stream("2 + 2?", {"callbacks": [handler]}))
     assert "".join(str(chunk.text) for chunk in chunks) == ANSWER
     assert LocalModel().invoke("2 + 2?", {"callbacks": [handler]}).text == ANSWER
+
+
+# --- what a review found, each with a test
+
+
+class CompletionModel(LLM):
+    @property
+    def _llm_type(self) -> str:
+        return "completion"
+
+    def _call(self, prompt: str, stop: Any = None, run_manager: Any = None, **kwargs: Any) -> str:
+        return ANSWER
+
+
+class Hearing(AsyncCallbackHandler):
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    async def on_llm_start(self, *args: Any, **kwargs: Any) -> None:
+        self.heard.append("start")
+
+    async def on_llm_end(self, *args: Any, **kwargs: Any) -> None:
+        self.heard.append("end")
+
+
+async def test_async_completions_still_start_for_other_handlers() -> None:
+    """langchain-core forgets them once a handler is there that runs in place, as the recorder does."""
+    hearing, got = Hearing(), list[RunSegment]()
+    ours = StreamAlignerCallbackHandler(ALIGNER, sink=got.append)
+    await CompletionModel().ainvoke("2 + 2?", {"callbacks": [hearing, ours]})
+    assert hearing.heard == ["start", "end"]
+    assert "".join(map(str, got)) == MENDED
+    hearing.heard.clear()
+    theirs = AsyncStreamAlignerCallbackHandler(ALIGNER, sink=got.append)
+    await CompletionModel().ainvoke("2 + 2?", {"callbacks": [hearing, theirs]})
+    assert hearing.heard == ["start", "end"]
+
+
+@V3
+def test_a_model_that_says_its_tokens_itself_is_heard_once() -> None:
+    got: list[RunSegment] = []
+    handler = StreamAlignerCallbackHandler(ALIGNER, sink=got.append)
+    model = GenericFakeChatModel(messages=itertools.repeat(ANSWER))
+    drive("v3", model, {"callbacks": [handler]})
+    assert "".join(map(str, got)) == MENDED
+
+
+async def test_a_cancel_in_mid_correction_shows_nothing_twice() -> None:
+    called = threading.Event()
+
+    def slow(question: str, prefix: str, sentence: str) -> str:
+        called.set()
+        time.sleep(0.1)
+        return sentence.replace("2 + 2 = 5", "2 + 2 = 4")
+
+    class Quick(LocalModel):
+        async def _astream(self, *args: Any, **kwargs: Any) -> Any:
+            yield ChatGenerationChunk(
+                message=AIMessageChunk(content="One is one. 2 + 2 = 5. Three is three. And")
+            )
+            await asyncio.sleep(3600)
+
+    for on_error, rest in (("raise", "And"), ("withhold", "[held]")):
+        got: list[RunSegment] = []
+        handler = AsyncStreamAlignerCallbackHandler(
+            scripted_aligner(slow),
+            sink=got.append,
+            on_error=on_error,  # type: ignore[arg-type]
+            withheld_text="[held]",
+        )
+        called.clear()
+        task = asyncio.create_task(adrive("stream", Quick(), {"callbacks": [handler]}))
+        await asyncio.to_thread(called.wait)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert [str(segment) for segment in got] == ["One is one. ", "2 + 2 = 4. ", "Three is three. ", rest]
+        assert [segment.start for segment in got] == [0, 12, 23, 39]
+
+
+@V3
+@pytest.mark.parametrize("form", ["stream", "v3"])
+def test_raw_text_does_not_stay_on_screen_after_a_failure_at_the_end(form: str) -> None:
+    class Short(LocalModel):
+        def _stream(self, *args: Any, **kwargs: Any) -> Iterator[ChatGenerationChunk]:
+            for word in ("2 + 2 ", "= 5."):
+                yield ChatGenerationChunk(message=AIMessageChunk(content=word))
+
+    for kind in (StreamAlignerCallbackHandler, AsyncStreamAlignerCallbackHandler):
+        updates: list[TextUpdate] = []
+        handler = kind(scripted_aligner(broken), sink=updates.append, mode="optimistic")
+        # What an async handler raises in a sync run is swallowed by LangChain.
+        failing = kind is StreamAlignerCallbackHandler
+        with pytest.raises(CorrectionFailedError) if failing else nullcontext():
+            drive(form, Short(), {"callbacks": [handler]})
+        assert shown_of(updates) == ""
+
+
+async def test_a_tool_that_is_cancelled_does_not_keep_the_reader_waiting() -> None:
+    @tool
+    async def wait_long(text: str) -> str:
+        """Wait."""
+        await asyncio.sleep(3600)
+        return text
+
+    async def step(text: str, config: RunnableConfig) -> str:
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(wait_long.ainvoke({"text": text}, config), 0.05)
+        return str((await LocalModel().ainvoke(text, config)).text)
+
+    handler = AsyncStreamAlignerCallbackHandler(ALIGNER)
+    running = asyncio.create_task(RunnableLambda(step).ainvoke("2 + 2?", {"callbacks": [handler]}))
+    async with asyncio.timeout(20):
+        assert "".join([str(segment) async for segment in handler]) == MENDED
+    await running
+    assert not handler._roots
+
+
+@V3
+def test_a_run_that_is_dropped_without_a_word_ends_the_round() -> None:
+    handler = StreamAlignerCallbackHandler(ALIGNER)
+    stream = LocalModel().stream_events("2 + 2?", {"callbacks": [handler]}, version="v3")
+    next(iter(stream.text))
+    del stream
+    gc.collect()
+    list(handler)
+    assert not handler._roots and not handler._answers
+
+
+def test_a_second_run_is_read_whole_after_a_reader_left_the_first() -> None:
+    handler = StreamAlignerCallbackHandler(ALIGNER)
+    first: Any = LocalModel().stream("2 + 2?", {"callbacks": [handler]})
+    next(first)
+    for _ in range(8):
+        next(first)
+    for _ in handler:
+        break
+    LocalModel().invoke("2 + 2?", {"callbacks": [handler]})
+    list(first)
+    assert MENDED in "".join(map(str, handler))
+
+
+def test_two_readers_are_one_too_many() -> None:
+    handler = StreamAlignerCallbackHandler(ALIGNER)
+    LocalModel().invoke("2 + 2?", {"callbacks": [handler]})
+    reader = iter(handler)
+    next(reader)
+    with pytest.raises(AlignerError, match="already"):
+        next(iter(handler))
+
+
+async def test_a_writer_cancelled_while_it_waits_loses_nothing() -> None:
+    handler = AsyncStreamAlignerCallbackHandler(ALIGNER, buffer_size=2, mode="optimistic")
+    text = "One. Two. 2 + 2 = 5. Four. Five. "
+
+    class Whole(LocalModel):
+        answer: Any = text
+
+    task = asyncio.create_task(Whole().ainvoke("?", {"callbacks": [handler]}))
+    while handler._outlet._held < 2:
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.sleep(0)
+    updates = [update async for update in handler]
+    await asyncio.gather(task, return_exceptions=True)
+    assert shown_of(updates) == text.replace("5", "4")  # type: ignore[arg-type]
+
+
+def test_a_sink_that_failed_once_gets_no_more_of_that_answer() -> None:
+    got: list[str] = []
+
+    def once(segment: RunSegment) -> None:
+        if segment.index == 1:
+            raise ValueError("the screen is gone")
+        got.append(segment.text)
+
+    with pytest.raises(ValueError, match="gone"):
+        LocalModel().invoke("2 + 2?", {"callbacks": [StreamAlignerCallbackHandler(ALIGNER, sink=once)]})
+    assert got == [SENTENCES[0]]
+
+
+def test_iteration_follows_the_outermost_run() -> None:
+    """A model that failed and was replaced is no failure of the run."""
+    handler = StreamAlignerCallbackHandler(ALIGNER)
+    with_spare = (ask() | Breaking()).with_fallbacks([ask() | LocalModel()])
+    with_spare.invoke({"topic": "bears"}, {"callbacks": [handler]})
+    assert "".join(map(str, handler)).endswith(MENDED)
+
+
+def test_tool_calls_and_usage_reach_a_handler_once() -> None:
+    screen = Screen()
+
+    class Calling(LocalModel):
+        before_tools: str = ""
+
+    handler = StreamAlignerCallbackHandler(ALIGNER, sink=screen)
+    list(Calling().bind_tools([add]).stream("Add 2 and 2.", {"callbacks": [handler]}))
+    assert "".join(screen.heard[:-1]).count("tool_call_chunks=[{'name': 'add'") == 1
+    assert "".join(screen.heard[:-1]).count("'total_tokens': 18") == 1
+
+
+@V3
+def test_a_block_that_ends_beside_a_text_does_not_cut_it() -> None:
+    class Native(LocalModel):
+        def _stream_chat_model_events(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+            yield {"event": "message-start", "role": "ai", "id": "m"}
+            for text in ("2 + 2 ", "= 5. So."):
+                delta = {"type": "text-delta", "text": text}
+                yield {"event": "content-block-delta", "index": 0, "delta": delta}
+                thought = {"type": "reasoning", "reasoning": "hm"}
+                yield {"event": "content-block-finish", "index": 1, "content": thought}
+            whole = {"type": "text", "text": "2 + 2 = 5. So."}
+            yield {"event": "content-block-finish", "index": 0, "content": whole}
+            yield {"event": "message-finish"}
+
+    got: list[RunSegment] = []
+    drive("v3", Native(), {"callbacks": [StreamAlignerCallbackHandler(ALIGNER, sink=got.append)]})
+    assert [segment.text for segment in got] == ["2 + 2 = 4. ", "So."]
+
+
+def test_a_handler_that_fails_at_the_start_leaves_nothing() -> None:
+    class Failing(BaseCallbackHandler):
+        raise_error = True
+
+        def on_chat_model_start(self, *args: Any, **kwargs: Any) -> None:
+            raise ValueError("no screen")
+
+    handler = StreamAlignerCallbackHandler(ALIGNER, sink=Failing())
+    with pytest.raises(ValueError, match="no screen"):
+        LocalModel().invoke("2 + 2?", {"callbacks": [handler]})
+    assert not handler._roots and not handler._answers
+
+
+def test_log_probabilities_do_not_reach_a_handler() -> None:
+    class Likely(LocalModel):
+        def _stream(self, *args: Any, **kwargs: Any) -> Iterator[ChatGenerationChunk]:
+            for chunk in super()._stream(*args, **kwargs):
+                info = {"logprobs": [{"token": chunk.text}]}
+                metadata = {**chunk.message.response_metadata, **info}
+                message = chunk.message.model_copy(update={"response_metadata": metadata})
+                yield ChatGenerationChunk(message=message, generation_info=info)
+
+    screen = Screen()
+    handler = StreamAlignerCallbackHandler(ALIGNER, sink=screen)
+    list(Likely().stream("2 + 2?", {"callbacks": [handler]}))
+    Likely().invoke("2 + 2?", {"callbacks": [handler]})
+    assert "logprobs" not in "".join(screen.heard)
