@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -37,6 +38,7 @@ BUNDLED_MODEL = Path(__file__).parent / "models" / "tiny"
 # Within a rewrite the margin counts up to here, in logits: enough that copying does not stray, and not so
 # much that it undoes the edit.
 REWRITE_MARGIN = 2.0
+_objects = itertools.count()
 _WORD = re.compile(r"\w")
 
 
@@ -52,7 +54,9 @@ class Aligner:
         template: CorrectionTemplate | None = None,
         decode: DecodeConfig | None = None,
         safeguards: SafeguardMode = "keep_original",
+        source: str = "",
     ) -> None:
+        self.source = source or f"object-{next(_objects)}"  # tells models apart, in the key of a cache
         self.template = template or CorrectionTemplate.named(config.template)
         if config.granularity == "sentence" and self.template.granularity == "answer":
             raise TemplateError(
@@ -113,7 +117,11 @@ class Aligner:
         tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
         name = "onnx" if backend == "auto" else backend
         runner = load_backend(name, folder, provider=provider)
-        return cls(runner, tokenizer, config, template=frame, decode=decode, safeguards=safeguards)
+        stamp = "|".join(f"{each.name}:{each.stat().st_size}" for each in sorted(folder.iterdir()))
+        source = f"{folder.resolve()}|{stamp}"
+        return cls(
+            runner, tokenizer, config, template=frame, decode=decode, safeguards=safeguards, source=source
+        )
 
     def with_options(
         self, *, decode: DecodeConfig | None = None, safeguards: SafeguardMode | None = None
@@ -126,7 +134,12 @@ class Aligner:
             template=self.template,
             decode=self.decode_config if decode is None else decode,
             safeguards=self.safeguards if safeguards is None else safeguards,
+            source=self.source,
         )
+
+    def __deepcopy__(self, memo: object) -> Aligner:
+        """Return the aligner itself: it has no state that a copy would want apart."""
+        return self
 
     @property
     def granularity(self) -> Granularity:

@@ -72,6 +72,7 @@ class MappingStream:
         self._found = found
         self._waiting: list[object] | None = []  # pieces of the answer; None once the question is known
         self._answer: AnswerStream | None = None
+        self._any = False  # whether a part of the answer has been sent
 
     def push(self, chunk: Mapping[str, Any]) -> Steps[list[AddableDict]]:
         if not isinstance(chunk, Mapping):
@@ -88,13 +89,19 @@ class MappingStream:
         for piece in pieces:
             if self._answer is None:
                 self._answer = open_answer(piece, self._open)
-            out += [AddableDict(answer=part) for part in (yield from self._answer.push(piece))]
+            out += self._sent((yield from self._answer.push(piece)))
         return out
 
     def close(self) -> Steps[list[AddableDict]]:
         if self._waiting is not None or self._answer is None:
             raise TypeError(mapping_cure(self._key))
-        return [AddableDict(answer=part) for part in (yield from self._answer.close())]
+        out = self._sent((yield from self._answer.close()))
+        # A key of the input is a key of the output, even if nothing is left of its text.
+        return out if self._any or not isinstance(self._answer, TextStream) else [AddableDict(answer="")]
+
+    def _sent(self, parts: list[Any]) -> list[AddableDict]:
+        self._any = self._any or bool(parts)
+        return [AddableDict(answer=part) for part in parts]
 
 
 def slices(chunk: Any) -> Iterable[Any]:

@@ -15,7 +15,12 @@ from aligner_integrations.langchain.question import question_text
 from aligner_integrations.stream import StreamCorrector
 
 # By these a caller asks a provider for structured output; what comes is data, not prose.
-_STRUCTURED = ("response_format", "response_schema", "response_json_schema", "output_format", "format")
+_STRUCTURED = (
+    *("response_format", "response_schema", "response_json_schema", "response_mime_type"),
+    *("output_format", "format"),
+)
+_HOLDS_FORMAT = ("text", "output_config")  # under `format`
+_PLAIN = ("text", "text/plain")
 
 
 class ChatAnswer:
@@ -42,7 +47,7 @@ class ChatAnswer:
         """Take a chunk of the answer; what can be sent comes of it."""
         if self._left_alone:
             return [chunk]
-        return (yield from self._stream.push(without_logprobs(chunk)))
+        return (yield from self._stream.push(chunk))
 
     def close(self) -> Steps[list[BaseMessage]]:
         """End the answer; what is left of it comes of it."""
@@ -51,7 +56,7 @@ class ChatAnswer:
     def correct(self, message: BaseMessage) -> BaseMessage:
         """Return a finished answer corrected, with the receipt."""
         if not self._left_alone:
-            message = correct_message(without_logprobs(message), self._open, thoughts=self._thoughts)
+            message = correct_message(message, self._open, thoughts=self._thoughts)
         metadata = dict(message.response_metadata)
         for receipt in self.receipt():
             metadata |= receipt.response_metadata
@@ -92,15 +97,12 @@ def _cost(segments: Sequence[Segment]) -> dict[str, Any]:
     }
 
 
-def without_logprobs(message: BaseMessage) -> BaseMessage:
-    """Return the message without what providers say of its tokens: they spell the raw text."""
-    if "logprobs" not in message.response_metadata:
-        return message
-    kept = {name: value for name, value in message.response_metadata.items() if name != "logprobs"}
-    return message.model_copy(update={"response_metadata": kept})
-
-
-def is_structured(kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call's options ask for structured output."""
-    asked = (kwargs.get(name) for name in _STRUCTURED)
-    return any(each is not None and each != {"type": "text"} for each in asked)
+def is_structured(model: object, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call's options, or the model's own, ask for structured output."""
+    given = {name: getattr(model, name, None) for name in _STRUCTURED}
+    for more in (getattr(model, "model_kwargs", None), getattr(model, "extra_body", None), kwargs):
+        given |= more if isinstance(more, Mapping) else {}
+    asked = [given.get(name) for name in _STRUCTURED]
+    holders = [given.get(name) for name in _HOLDS_FORMAT]
+    asked += [each.get("format") for each in holders if isinstance(each, Mapping)]
+    return any(each and each not in _PLAIN and each != {"type": "text"} for each in asked)

@@ -22,6 +22,7 @@ from aligner_integrations.correction import Segment
 from aligner_integrations.langchain.answers import slices
 from aligner_integrations.langchain.chat_answer import ChatAnswer, is_structured
 from aligner_integrations.langchain.jobs import apart, arun, run
+from aligner_integrations.langchain.messages import without_raw_keys
 from aligner_integrations.langchain.options import CorrectionOptions, load_bundled
 from aligner_integrations.langchain.upstream import (
     as_chunk,
@@ -81,10 +82,21 @@ class AlignedChatModel(BaseChatModel):
     @model_validator(mode="after")
     def _take_after_the_model(self) -> Self:
         """How the wrapped model streams and shapes its content holds for this one, unless it is said."""
-        for name in ("disable_streaming", "output_version"):
+        # Under `trace_original` the wrapped model's run tells its own callbacks.
+        heard = () if self.trace_original else ("callbacks",)
+        for name in ("disable_streaming", "output_version", "tags", "metadata", "verbose", *heard):
             if name not in self.model_fields_set:
                 setattr(self, name, getattr(self.model, name))
+        if self.model.cache is False and "cache" not in self.model_fields_set:
+            self.cache = False
         return self
+
+    def _streaming_disabled(self, **kwargs: Any) -> bool:
+        """A model that does not stream is called whole: what is cut from a whole message is less than it."""
+        ways = (
+            self.model._should_stream(async_api=way, **{**kwargs, "stream": True}) for way in (False, True)
+        )
+        return super()._streaming_disabled(**kwargs) or not any(ways)
 
     @property
     def _llm_type(self) -> str:
@@ -106,7 +118,12 @@ class AlignedChatModel(BaseChatModel):
         own = ("loop", "on_error", "withheld_text", "feedback", "edit_margin", "thoughts")
         return {
             "model": {"type": self.model._llm_type, **self.model._identifying_params},
-            "aligner": asdict(aligner.config),
+            "aligner": {
+                "source": aligner.source,
+                "safeguards": aligner.safeguards,
+                **asdict(aligner.config),
+                **asdict(aligner.decode_config),
+            },
             **{name: getattr(self, name) for name in own},
         }
 
@@ -114,6 +131,19 @@ class AlignedChatModel(BaseChatModel):
         params = self.model._get_ls_params(stop=stop, **kwargs)
         params.setdefault("ls_model_name", kwargs.get("model", self.model._llm_type))  # fakes have none
         return params
+
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        """What an answer is cached under: all that the wrapped model's is, too."""
+        own = super()._get_llm_string(stop=stop, **kwargs)
+        return f"{own}---{self.model._get_llm_string(stop=stop, **kwargs)}"
+
+    def get_num_tokens(self, text: str) -> int:
+        """Return how many tokens the wrapped model counts."""
+        return self.model.get_num_tokens(text)
+
+    def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Any = None) -> int:
+        """Return how many tokens the wrapped model counts."""
+        return self.model.get_num_tokens_from_messages(messages, tools=tools)
 
     def get_token_ids(self, text: str) -> list[int]:
         """Return the wrapped model's token ids."""
@@ -130,11 +160,9 @@ class AlignedChatModel(BaseChatModel):
         if isinstance(inner, BaseChatModel):
             aligned = self.model_copy(update={"model": inner})
             # Seen here, because the wrapped model may bind it under a name of its provider's.
-            aligned._structured = is_structured(kwargs)
-            if inner is bound:
-                return aligned
-            given = cast(RunnableBinding[Any, Any], bound).kwargs
-            return cast(Runnable[LanguageModelInput, AIMessage], aligned.bind(**given))
+            aligned._structured = is_structured(None, kwargs)
+            rebound = aligned if inner is bound else cast(Any, bound).model_copy(update={"bound": aligned})
+            return cast(Runnable[LanguageModelInput, AIMessage], rebound)
         raise NotImplementedError(
             f"{type(self.model).__name__}.bind_tools gives a {type(bound).__name__}, which cannot be "
             "wrapped; give AlignedChatModel a model whose bind_tools gives a chat model or a binding of one"
@@ -269,7 +297,7 @@ class AlignedChatModel(BaseChatModel):
             CorrectionOptions(**{name: getattr(self, name) for name in _OPTIONS}),
             messages,
             thoughts=self.thoughts,
-            structured=self._structured or is_structured(kwargs),
+            structured=self._structured or is_structured(self.model, kwargs),
             sink=self.sink,
         )
 
@@ -278,9 +306,10 @@ def _corrected(result: ChatResult, answers: list[ChatAnswer]) -> ChatResult:
     """Return a result with the text of each generation corrected."""
     generations = []
     for each, answer in zip(result.generations, answers, strict=True):
-        info = {name: value for name, value in (each.generation_info or {}).items() if name != "logprobs"}
-        generations.append(ChatGeneration(message=answer.correct(each.message), generation_info=info or None))
-    return ChatResult(generations=generations, llm_output=result.llm_output)
+        info = each.generation_info and without_raw_keys(each.generation_info)
+        generations.append(ChatGeneration(message=answer.correct(each.message), generation_info=info))
+    output = result.llm_output and without_raw_keys(result.llm_output)
+    return ChatResult(generations=generations, llm_output=output)
 
 
 def _generations(messages: Sequence[BaseMessage]) -> Iterator[ChatGenerationChunk]:

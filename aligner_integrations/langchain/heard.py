@@ -12,9 +12,14 @@ from langchain_core.outputs import ChatGeneration, LLMResult
 
 from aligner_integrations.correction import Finding, Segment
 from aligner_integrations.langchain.answers import slices
-from aligner_integrations.langchain.chat_answer import without_logprobs
 from aligner_integrations.langchain.jobs import Steps
-from aligner_integrations.langchain.messages import MessageStream, correct_message, text_of
+from aligner_integrations.langchain.messages import (
+    MessageStream,
+    correct_message,
+    text_of,
+    without_raw,
+    without_raw_keys,
+)
 from aligner_integrations.langchain.options import CorrectionOptions
 from aligner_integrations.langchain.updates import RunSegment, TextUpdate
 from aligner_integrations.stream import StreamCorrector
@@ -113,22 +118,18 @@ class HeardAnswer:
         for each in generations:
             for at, generation in enumerate(each):
                 each[at] = self._corrected(generation, shown=at == 0)
-        output = {name: value for name, value in (response.llm_output or {}).items() if name != "logprobs"}
-        update = {"generations": generations, "llm_output": output if response.llm_output else None}
-        return response.model_copy(update=update)
+        output = response.llm_output and without_raw_keys(response.llm_output)
+        return response.model_copy(update={"generations": generations, "llm_output": output})
 
     def _corrected(self, generation: Any, *, shown: bool) -> Any:
         message = getattr(generation, "message", None) or AIMessageChunk(content=generation.text)
         corrected = self._as_shown(message) if shown else None
         if corrected is None:  # another candidate, or not what was streamed
             corrected = correct_message(message, self._open_unheard)
-        info = {
-            name: value for name, value in (generation.generation_info or {}).items() if name != "logprobs"
-        }
+        info = generation.generation_info and without_raw_keys(generation.generation_info)
         if isinstance(generation, ChatGeneration):
-            message = without_logprobs(corrected)
-            return type(generation)(message=message, generation_info=info or None)
-        return generation.model_copy(update={"text": str(corrected.text), "generation_info": info or None})
+            return type(generation)(message=without_raw(corrected), generation_info=info)
+        return generation.model_copy(update={"text": str(corrected.text), "generation_info": info})
 
     def _as_shown(self, message: BaseMessage) -> BaseMessage | None:
         """Return the message with each text replaced by the segments shown of it; None if they don't fit."""

@@ -17,7 +17,6 @@ from langchain_core.outputs import ChatGenerationChunk, GenerationChunk, LLMResu
 
 from aligner_integrations.aligner import Aligner
 from aligner_integrations.errors import AlignerError
-from aligner_integrations.langchain.chat_answer import without_logprobs
 from aligner_integrations.langchain.heard import HeardAnswer, Update
 from aligner_integrations.langchain.jobs import Steps
 from aligner_integrations.langchain.options import CorrectionOptions
@@ -313,7 +312,6 @@ class Listening:
             messages = [AIMessageChunk(content=update.text) for update in answer.updates]
         answer.updates.clear()
         for message in messages:
-            message = without_logprobs(message)
             text = str(message.text)
             chunk: Any = GenerationChunk(text=text)
             if answer.is_chat:

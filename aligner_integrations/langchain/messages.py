@@ -6,7 +6,9 @@ metadata, usage, tool calls and other blocks are passed on once, unchanged and i
 
 from __future__ import annotations
 
+import bisect
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, cast
@@ -25,6 +27,9 @@ _Block: TypeAlias = dict[str, Any]
 # What a message is cut into: text, content blocks, and the message itself less its content.
 _Part: TypeAlias = str | _Block | BaseMessageChunk
 
+_NO_SLOT = object()
+# What providers say of the tokens they made. Gemini's citations quote whole sentences.
+_RAW_KEYS = frozenset({"logprobs", "logprobs_result", "grounding_metadata"})
 _TEXT_KEYS = frozenset({"type", "text", "index", "id"})
 # Blocks by which a model calls the user's tools, as providers name them. What a provider runs itself
 # (a web search) is part of the answer.
@@ -68,6 +73,7 @@ class MessageStream:
             rest = yield from self.close()
             whole = functools.partial(correct_message, chunk, self._open, thoughts=self._thoughts)
             return [*rest, (yield whole)]
+        chunk = cast(BaseMessageChunk, without_raw(chunk))
         self._latest = chunk
         blocks = [chunk.content] if isinstance(chunk.content, str) else chunk.content
         before = self._received
@@ -115,9 +121,13 @@ class MessageStream:
             self._received += len(text)
             if self._corrector.feed(text):
                 parts += self._release((yield functools.partial(self._corrector.push, "")))
-        if isinstance(block, dict) and not block.keys() <= _TEXT_KEYS:
+        if isinstance(block, dict) and (not block.keys() <= _TEXT_KEYS or self._is_new_id(block)):
             parts += self._hold({**block, "text": ""})  # annotations and the like
         return parts
+
+    def _is_new_id(self, block: _Block) -> bool:
+        """Whether the block tells an id that its text has not been sent with."""
+        return "id" in block and (self._frame is None or "id" not in self._frame)
 
     def _finish(self) -> Steps[list[_Part]]:
         """End the running text."""
@@ -175,38 +185,81 @@ class MessageStream:
 
 def correct_text(text: str, open_corrector: OpenCorrector, message_id: str | None = None) -> str:
     """Correct a finished text, as a stream would."""
-    return _correct(text, open_corrector, message_id, ended_by_call=False)
+    return "".join(_corrected([text], open_corrector, message_id, ended_by_call=False)) if text else text
 
 
 def correct_message(
     message: BaseMessage, open_corrector: OpenCorrector, *, thoughts: bool = True
 ) -> BaseMessage:
-    """Return a copy of a finished message with its text corrected, block by block, as a stream would."""
+    """Return a copy of a finished message with its text corrected, as a stream would."""
+    message = without_raw(message)
     content = message.content
-    blocks = [content] if isinstance(content, str) else content
-    calls = len(blocks)
+    new: list[Any] = [content] if isinstance(content, str) else list(content)
+    calls = len(new)
     if not thoughts:
-        calls = next((at for at, block in enumerate(blocks) if _is_call(block)), calls)
-    calling = calls < len(blocks) or any(getattr(message, kind, None) for kind in _CALL_FIELDS)
-    new: list[str | _Block] = []
-    for at, block in enumerate(blocks):
-        text = text_of(block)
-        if not text or at >= calls:
-            new.append(block)
-            continue
-        last = not thoughts and calling and at == calls - 1
-        text = _correct(text, open_corrector, message.id, ended_by_call=last)
-        new.append(text if isinstance(block, str) else {**block, "text": text})
+        calls = next((at for at, block in enumerate(new) if _is_call(block)), calls)
+    calling = not thoughts and (
+        calls < len(new) or any(getattr(message, kind, None) for kind in _CALL_FIELDS)
+    )
+    texts, is_open = _texts(new[:calls])
+    for places in texts:
+        ended_by_call = calling and is_open and places is texts[-1]
+        parts = [text_of(new[at]) or "" for at in places]
+        corrected = _corrected(parts, open_corrector, message.id, ended_by_call=ended_by_call)
+        for at, text in zip(places, corrected, strict=True):
+            new[at] = text if isinstance(new[at], str) else {**new[at], "text": text}
     return message.model_copy(update={"content": new[0] if isinstance(content, str) else new})
 
 
-def _correct(text: str, open_corrector: OpenCorrector, message_id: str | None, *, ended_by_call: bool) -> str:
-    if not text:
-        return text
-    with open_corrector(text, message_id) as corrector:
-        done = corrector.push(text)
-        rest = corrector.release() if ended_by_call else corrector.close()
-        return "".join(segment.text for segment in (*done, *rest))
+def _texts(blocks: list[Any]) -> tuple[list[list[int]], bool]:
+    """Return for each text which blocks it runs through, and whether the last one may still go on."""
+    texts: list[list[int]] = []
+    slot: object = _NO_SLOT
+    for at, block in enumerate(blocks):
+        text = text_of(block)
+        if text is None:
+            slot = _NO_SLOT
+        elif text:
+            index = block.get("index", "") if isinstance(block, dict) else None
+            if index != slot:
+                texts.append([])
+            texts[-1].append(at)
+            slot = index
+    return texts, slot is not _NO_SLOT
+
+
+def _corrected(
+    parts: list[str], open_corrector: OpenCorrector, message_id: str | None, *, ended_by_call: bool
+) -> list[str]:
+    """Correct a text that stands in `parts`; a sentence goes where it began."""
+    with open_corrector("".join(parts), message_id) as corrector:
+        done = corrector.push("".join(parts))
+        done += corrector.release() if ended_by_call else corrector.close()
+    starts = list(itertools.accumulate(map(len, parts), initial=0))
+    corrected = [""] * len(parts)
+    for segment in done:
+        corrected[min(bisect.bisect_right(starts, segment.start), len(parts)) - 1] += segment.text
+    return corrected
+
+
+def without_raw(message: BaseMessage) -> BaseMessage:
+    """Return the message without what providers say of its tokens: it spells the raw text."""
+    metadata = without_raw_keys(message.response_metadata)
+    if metadata is message.response_metadata:
+        return message
+    return message.model_copy(update={"response_metadata": metadata})
+
+
+def without_raw_keys(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return metadata without log probabilities and without the sentences that citations quote."""
+    if _RAW_KEYS.isdisjoint(metadata):
+        return metadata
+    kept = {name: value for name, value in metadata.items() if name not in _RAW_KEYS - {"grounding_metadata"}}
+    if isinstance(grounding := kept.get("grounding_metadata"), dict):
+        kept["grounding_metadata"] = {
+            name: value for name, value in grounding.items() if name != "grounding_supports"
+        }
+    return kept
 
 
 def cut_message(chunk: BaseMessageChunk, texts: list[str]) -> list[BaseMessageChunk]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import fields, replace
-from typing import Any, ClassVar, Self
+from dataclasses import replace
+from typing import Any, ClassVar
 
 try:
     import langgraph  # noqa: F401
@@ -129,19 +130,31 @@ class AlignerMiddleware(AgentMiddleware[Any, Any, Any]):
         self._sink = sink
         self._trace_original = trace_original
         self._warned = False
+        self._kinds: dict[type, type] = {}  # requests as they come, and as they are handed on
 
     def wrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
     ) -> ModelResponse[Any]:
-        return self._checked(request, handler(_AlignedRequest.around(request, self._wrap)))
+        return self._checked(request, handler(self._aligned(request)))
 
     async def awrap_model_call(
         self,
         request: ModelRequest[Any],
         handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]],
     ) -> ModelResponse[Any]:
-        response = await handler(_AlignedRequest.around(request, self._wrap))
+        response = await handler(self._aligned(request))
         return await asyncio.to_thread(self._checked, request, response)
+
+    def _aligned(self, request: ModelRequest[Any]) -> ModelRequest[Any]:
+        """Return a copy of `request`, of its own kind, with its model wrapped."""
+        kind = type(request)
+        if kind not in self._kinds:
+            bases = (_AlignedRequest,) if kind is ModelRequest else (_AlignedRequest, kind)
+            self._kinds[kind] = type(kind.__name__, bases, {"_wrap": staticmethod(self._wrap)})
+        aligned = copy.copy(request)
+        object.__setattr__(aligned, "__class__", self._kinds[kind])
+        object.__setattr__(aligned, "model", self._wrap(request.model))
+        return aligned
 
     def _wrap(self, model: Any) -> Any:
         """Return the model of a request so that its text is corrected."""
@@ -188,21 +201,9 @@ class AlignerMiddleware(AgentMiddleware[Any, Any, Any]):
 
 
 class _AlignedRequest(ModelRequest[Any]):
-    """A request whose model is wrapped, whoever sets it."""
+    """A request whose model is wrapped, whoever sets it and however: `override`, `replace`, an attribute."""
 
     _wrap: Callable[[Any], Any]
 
-    @classmethod
-    def around(cls, request: ModelRequest[Any], wrap: Callable[[Any], Any]) -> Self:
-        """Return a copy of `request` with its model wrapped."""
-        given = {each.name: getattr(request, each.name) for each in fields(request)}
-        aligned = cls(**{**given, "model": wrap(request.model)})
-        object.__setattr__(aligned, "_wrap", wrap)
-        return aligned
-
-    def override(self, **overrides: Any) -> _AlignedRequest:
-        return self.around(super().override(**overrides), self._wrap)
-
     def __setattr__(self, name: str, value: Any) -> None:
-        wrap = getattr(self, "_wrap", None)
-        super().__setattr__(name, wrap(value) if name == "model" and wrap is not None else value)
+        super().__setattr__(name, self._wrap(value) if name == "model" else value)

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any
 from uuid import UUID
 from weakref import WeakKeyDictionary
@@ -340,9 +341,10 @@ def question_text(value: object) -> str:
 
 
 def _last_human(messages: Sequence[BaseMessage]) -> str:
+    """Return the text of the last human message that has one; a summary of the talk only for want of one."""
+    texts = []
     for message in reversed(messages):
-        human = message.type in ("human", "HumanMessageChunk")
-        if human or (isinstance(message, ChatMessage) and message.role.lower() in ("user", "human")):
-            text = str(message.text)
-            return text if text.strip() else ""
-    return ""
+        role = message.role.lower() if isinstance(message, ChatMessage) else message.type
+        if role in ("user", "human", "HumanMessageChunk") and (text := str(message.text)).strip():
+            texts.append((message.additional_kwargs.get("lc_source") == "summarization", text))
+    return min(texts, key=itemgetter(0), default=(False, ""))[1]

@@ -255,7 +255,7 @@ class _Session:
 
     def _take_question(self, value: object) -> None:
         """Take the question that the input itself holds."""
-        self._question = value if isinstance(value, str) else question_text(value)
+        self._question = question_text(value) or None  # an empty one is none
 
     def _open(self, text: str, message_id: str | None) -> StreamCorrector:
         runnable = self._runnable

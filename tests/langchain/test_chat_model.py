@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import functools
+import operator
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 from uuid import UUID
 
 import pytest
 from langchain_core.caches import InMemoryCache
-from langchain_core.callbacks import BaseCallbackHandler, CallbackManagerForLLMRun
-from langchain_core.language_models import FakeListChatModel
+from langchain_core.callbacks import (
+    BaseCallbackHandler,
+    CallbackManagerForLLMRun,
+    UsageMetadataCallbackHandler,
+)
+from langchain_core.language_models import BaseChatModel, FakeListChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
-from langchain_core.outputs import ChatGenerationChunk, LLMResult
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.rate_limiters import InMemoryRateLimiter
 from langchain_core.tools import tool
 from langchain_core.tracers import BaseTracer
@@ -20,8 +27,9 @@ from langchain_core.tracers.schemas import Run
 from langgraph.graph import START, MessagesState, StateGraph
 from pydantic import Field
 
+from aligner_integrations import Aligner
 from aligner_integrations.errors import CorrectionFailedError
-from aligner_integrations.langchain import AlignedChatModel
+from aligner_integrations.langchain import AlignedChatModel, AlignerRunnable
 from aligner_integrations.testing import scripted_aligner
 from tests.langchain.local_model import ANSWER, MENDED, LocalModel
 
@@ -350,3 +358,202 @@ def test_ids_of_runs_are_uuids() -> None:
     message = aligned().invoke("2 + 2?")
     assert message.id is not None
     UUID(message.id.removeprefix("lc_run--").rsplit("-", 1)[0])
+
+
+# --- what a review found, each with a test
+
+
+class Whole(BaseChatModel):
+    """A model that does not stream."""
+
+    message: AIMessage
+
+    @property
+    def _llm_type(self) -> str:
+        return "whole"
+
+    def _generate(self, *args: Any, **kwargs: Any) -> ChatResult:
+        return ChatResult(generations=[ChatGeneration(message=self.message)])
+
+
+def total(chunks: Any) -> Any:
+    return functools.reduce(operator.add, chunks)
+
+
+def test_a_truncated_tool_call_stays_invalid() -> None:
+    """Joined with another chunk it would be completed, and an agent would run it."""
+    broken_call: Any = {
+        "name": "delete",
+        "args": '{"path": "/home',
+        "id": "1",
+        "error": "cut",
+        "type": "invalid_tool_call",
+    }
+    model = Whole(message=AIMessage("2 + 2 = 5. ", invalid_tool_calls=[broken_call]))
+    wrapped = AlignedChatModel(model=model, aligner=ALIGNER)
+    for message in (wrapped.invoke("?"), total(wrapped.stream("?"))):
+        assert message.tool_calls == [] and message.invalid_tool_calls == [broken_call]
+        assert message.text == "2 + 2 = 4. "
+
+
+def test_ids_of_text_blocks_are_kept_in_streams() -> None:
+    class Late(LocalModel):
+        def _stream(self, *args: Any, **kwargs: Any) -> Iterator[ChatGenerationChunk]:
+            for block in ({"text": "2 + 2 = 5."}, {"id": "msg_1"}):
+                content: Any = [{"type": "text", "index": 0, **block}]
+                yield ChatGenerationChunk(message=AIMessageChunk(content=content))
+
+    want = [{"type": "text", "index": 0, "text": "2 + 2 = 4.", "id": "msg_1"}]
+    wrapped = AlignedChatModel(model=Late(), aligner=ALIGNER)
+    assert total(wrapped.stream("?")).content == want == wrapped.invoke("?").content
+
+
+def test_the_wrapped_models_tags_and_callbacks_hold() -> None:
+    usage = UsageMetadataCallbackHandler()
+    model = LocalModel(callbacks=[usage], tags=["nostream"], metadata={"team": "blue"})
+    aligned(model).invoke("2 + 2?")
+    assert usage.usage_metadata["local"]["total_tokens"] == 18
+    events = list(graph_of(aligned(model)).stream({"messages": [HumanMessage("?")]}, stream_mode="messages"))
+    assert len(events) == 1  # the node's result, and no tokens
+    assert aligned(model).metadata == {"team": "blue"}
+    again = UsageMetadataCallbackHandler()
+    aligned(LocalModel(callbacks=[again]), trace_original=True).invoke("2 + 2?")
+    assert again.usage_metadata["local"]["total_tokens"] == 18  # once
+
+
+def test_a_binding_keeps_its_config() -> None:
+    class Tagging(LocalModel):
+        def bind_tools(self, tools: Any, **kwargs: Any) -> Any:
+            return super().bind_tools(tools, **kwargs).with_config(tags=["tools"])
+
+    bound: Any = aligned(Tagging()).bind_tools([add])
+    assert "tools" in bound.config["tags"] and isinstance(bound.bound, AlignedChatModel)
+
+
+def test_two_aligners_of_one_configuration_do_not_share_a_cache() -> None:
+    cache = InMemoryCache()
+    shout, whisper = (
+        scripted_aligner(rule) for rule in (lambda q, p, s: s.upper(), lambda q, p, s: s.lower())
+    )
+    for _ in range(2):
+        for aligner, want in ((shout, ANSWER.upper()), (whisper, ANSWER.lower())):
+            wrapped = AlignedChatModel(model=LocalModel(), aligner=aligner, cache=cache)
+            assert wrapped.invoke("2 + 2?").text == want
+    bundled = [AlignedChatModel(model=LocalModel(), aligner=Aligner.from_pretrained()) for _ in range(2)]
+    keys = {str(wrapped._identifying_params) for wrapped in bundled}
+    assert len(keys) == 1  # loaded twice, it is the same model
+    assert not aligned(LocalModel(cache=False)).cache
+
+
+def test_raw_text_in_metadata_is_left_out() -> None:
+    support = {"segment": {"text": "2 + 2 = 5."}}
+    metadata = {
+        "logprobs_result": [{"token": "2 + 2 = 5"}],
+        "grounding_metadata": {"grounding_supports": [support], "web_search_queries": ["sums"]},
+        "model_name": "whole",
+    }
+    model = Whole(message=AIMessage("2 + 2 = 5.", response_metadata=metadata))
+    asked: Any = {"configurable": {"question": "?"}}
+    for message in (
+        AlignedChatModel(model=model, aligner=ALIGNER).invoke("?"),
+        (model | AlignerRunnable(ALIGNER)).invoke("?", asked),
+        total((model | AlignerRunnable(ALIGNER)).stream("?", asked)),
+    ):
+        assert RAW not in repr(message)
+        assert message.response_metadata["grounding_metadata"] == {"web_search_queries": ["sums"]}
+        assert message.response_metadata["model_name"] == "whole"
+
+
+def test_text_that_runs_through_blocks_is_corrected_as_one() -> None:
+    content: Any = [{"type": "text", "text": "2 + 2 "}, {"type": "text", "text": "= 5. So"}, "2 + ", "2 = 5."]
+    wrapped = AlignedChatModel(model=Whole(message=AIMessage(content)), aligner=ALIGNER)
+    corrected = wrapped.invoke("?")
+    assert corrected.text == "2 + 2 = 4. So2 + 2 = 4."
+    assert len(corrected.content) == 4
+
+    class Pieces(LocalModel):
+        def _stream(self, *args: Any, **kwargs: Any) -> Iterator[ChatGenerationChunk]:
+            for block in content:
+                yield ChatGenerationChunk(message=AIMessageChunk(content=[block]))
+
+    assert total(AlignedChatModel(model=Pieces(), aligner=ALIGNER).stream("?")).text == corrected.text
+
+
+@pytest.mark.parametrize("thoughts", [True, False])
+def test_an_empty_block_before_a_call_changes_nothing(thoughts: bool) -> None:
+    call: Any = {"type": "tool_use", "name": "add", "id": "1", "input": {}, "index": 2}
+    texts: Any = [
+        {"type": "text", "text": "2 + 2 = 5.", "index": 0},
+        {"type": "text", "text": "", "index": 1},
+    ]
+    made: Any = [{"name": "add", "args": {}, "id": "1"}]
+    whole = Whole(message=AIMessage([*texts, call], tool_calls=made))
+
+    class Pieces(LocalModel):
+        def _stream(self, *args: Any, **kwargs: Any) -> Iterator[ChatGenerationChunk]:
+            for block in (*texts, call):
+                yield ChatGenerationChunk(message=AIMessageChunk(content=[block]))
+
+    given: Any = {"aligner": ALIGNER, "thoughts": thoughts}
+    invoked = AlignedChatModel(model=whole, **given).invoke("?").text
+    assert total(AlignedChatModel(model=Pieces(), **given).stream("?")).text == invoked
+    assert (invoked == "2 + 2 = 4.") is thoughts
+
+
+@pytest.mark.parametrize(
+    ("given", "structured"),
+    [
+        ({"response_format": {"type": "json_object"}}, True),
+        ({"response_mime_type": "application/json"}, True),
+        ({"text": {"format": {"type": "json_schema"}}}, True),
+        ({"output_config": {"format": {"type": "json_schema"}}}, True),
+        ({"format": "json"}, True),
+        ({"format": ""}, False),
+        ({"response_format": "text"}, False),
+        ({"response_format": {"type": "text"}}, False),
+        ({"response_mime_type": "text/plain"}, False),
+        ({"text": {"format": {"type": "text"}}}, False),
+    ],
+)
+def test_structured_output_is_known_however_it_is_asked_for(given: dict[str, Any], structured: bool) -> None:
+    assert (aligned().invoke("2 + 2?", **given).text == ANSWER) is structured
+    (call,) = aligned().bind_tools([add], **given).invoke("Add 2 and 2.").tool_calls
+    assert call["args"] == {"left": 2, "right": 2}
+
+
+@pytest.mark.parametrize("name", ["model_kwargs", "format"])
+def test_a_model_that_always_gives_data_is_left_alone(name: str) -> None:
+    class Json(LocalModel):
+        model_kwargs: dict[str, Any] = Field(default_factory=dict)
+        format: str = ""
+
+    value: Any = "json" if name == "format" else {"response_format": {"type": "json_object"}}
+    assert aligned(Json(**{name: value})).invoke("2 + 2?").text == ANSWER
+    assert aligned(Json()).invoke("2 + 2?").text == MENDED
+
+
+def test_tokens_are_counted_by_the_wrapped_model() -> None:
+    class Counting(LocalModel):
+        def get_num_tokens(self, text: str) -> int:
+            return len(text.split())
+
+        def get_num_tokens_from_messages(self, messages: Any, tools: Any = None) -> int:
+            return sum(self.get_num_tokens(message.text) for message in messages)
+
+    assert aligned(Counting()).get_num_tokens("one two") == 2
+    assert aligned(Counting()).get_num_tokens_from_messages([HumanMessage("a b c")]) == 3
+
+
+def test_the_question_is_a_human_message_with_words() -> None:
+    echo = scripted_aligner(lambda question, prefix, sentence: f"[{question}]")
+    model = AlignedChatModel(model=FakeListChatModel(responses=["One."]), aligner=echo)
+    image: Any = [{"type": "image", "url": "https://example.org/a.png"}]
+    summary = HumanMessage("Here is a summary.", additional_kwargs={"lc_source": "summarization"})
+    assert model.invoke([HumanMessage("What is it?"), HumanMessage(image)]).text == "[What is it?]"
+    assert model.invoke([HumanMessage("Why?"), AIMessage("So."), summary]).text == "[Why?]"
+    assert model.invoke([summary, AIMessage("So.")]).text == "[Here is a summary.]"
+
+
+def test_a_deep_copy_shares_the_loaded_model() -> None:
+    bundled = Aligner.from_pretrained()
+    assert copy.deepcopy(AlignedChatModel(model=LocalModel(), aligner=bundled)).aligner is bundled

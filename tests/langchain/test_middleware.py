@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -103,7 +106,10 @@ async def test_no_surface_of_an_agent_holds_raw_text() -> None:
     aligned = agent(thoughts=True, checkpointer=InMemorySaver())
     config: Any = {"configurable": {"thread_id": "1"}}
     for mode in ("messages", "updates", "values", "custom", "tasks", "debug", "checkpoints"):
-        assert RAW not in repr(list(aligned.stream(ASKED, config, stream_mode=mode)))
+        events = list(aligned.stream(ASKED, config, stream_mode=mode))
+        assert RAW not in repr(events)
+        if mode == "messages":
+            assert RAW not in "".join(message.text for message, _ in events)
     assert RAW not in repr([event async for event in aligned.astream_events(ASKED, config, version="v2")])
     assert RAW not in repr(list(aligned.stream_events(ASKED, config, version="v3")))
     assert RAW not in repr(list(aligned.get_state_history(config)))
@@ -427,3 +433,58 @@ def test_the_wrapped_model_keeps_its_name_and_profile() -> None:
     profile: Any = {"max_input_tokens": 1000}
     aligned: BaseChatModel = AlignedChatModel(model=Named(profile=profile), aligner=ALIGNER)
     assert aligned.model_name == "local-large" and aligned.profile == profile  # type: ignore[attr-defined]
+
+
+@dataclass(init=False)
+class Extended(ModelRequest[Any]):
+    """A request with a field more, as somebody's own middleware may hand on."""
+
+    extra: str = ""
+
+
+class Extending(AgentMiddleware[Any, Any, Any]):
+    def wrap_model_call(self, request: Any, handler: Callable[[Any], Any]) -> Any:
+        extended = copy.copy(request)
+        object.__setattr__(extended, "__class__", Extended)
+        object.__setattr__(extended, "extra", "more")
+        return handler(extended)
+
+
+class Swapping(AgentMiddleware[Any, Any, Any]):
+    """Sets the model by `dataclasses.replace`, or as an attribute."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def wrap_model_call(self, request: Any, handler: Callable[[Any], Any]) -> Any:
+        if self.how == "replace":
+            return handler(dataclasses.replace(request, model=LocalModel()))
+        with pytest.warns(DeprecationWarning):
+            request.model = LocalModel()
+        return handler(request)
+
+
+@pytest.mark.parametrize("how", ["replace", "attribute"])
+def test_a_model_is_wrapped_however_it_is_set(how: str) -> None:
+    tokens: list[str] = []
+
+    class Noting(BaseCallbackHandler):
+        def on_llm_new_token(self, token: Any, **kwargs: Any) -> None:
+            tokens.append(str(token))
+
+    aligned = agent(tools=(), after=[Swapping(how)])
+    list(aligned.stream(ASKED, {"callbacks": [Noting()]}, stream_mode="messages"))
+    assert "".join(tokens) == MENDED
+
+
+def test_requests_of_another_kind_pass() -> None:
+    kinds: list[Any] = []
+
+    class Looking(AgentMiddleware[Any, Any, Any]):
+        def wrap_model_call(self, request: Any, handler: Callable[[Any], Any]) -> Any:
+            kinds.append((isinstance(request, Extended), request.extra))
+            return handler(request)
+
+    aligned = agent(tools=(), around=[Extending()], after=[Looking()])
+    assert texts_of(aligned.invoke(ASKED)) == [MENDED] and kinds == [(True, "more")]

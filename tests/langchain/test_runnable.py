@@ -16,7 +16,11 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField, RunnableConfig, RunnableLambda, RunnablePassthrough
 
 from aligner_integrations import Aligner
-from aligner_integrations.errors import CorrectionFailedError, MissingDependencyError
+from aligner_integrations.errors import (
+    CorrectionFailedError,
+    MissingDependencyError,
+    QuestionNotFoundError,
+)
 from aligner_integrations.langchain import AlignerRunnable
 from aligner_integrations.langchain import options as options_module
 from aligner_integrations.testing import scripted_aligner
@@ -262,3 +266,18 @@ def test_only_this_package_registers_the_recorder() -> None:
         "import aligner_integrations.langchain; assert len(hooks) == before + 1"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("form", ["invoke", "ainvoke", "stream", "astream"])
+def test_an_empty_answer_keeps_its_key(form: str) -> None:
+    given = {"question": "What?", "answer": ""}
+    assert run(form, AlignerRunnable(shout()), given) == given
+    gone = AlignerRunnable(scripted_aligner(lambda question, prefix, sentence: ""))
+    assert run(form, gone, {"question": "What?", "answer": "So."}) == given
+
+
+def test_an_empty_question_is_none() -> None:
+    with pytest.raises(QuestionNotFoundError):
+        AlignerRunnable(shout()).invoke({"question": " ", "answer": "So."})
+    found = AlignerRunnable(tell()).invoke({"question": "", "answer": "So."}, QUESTION)
+    assert found["answer"] == f"<{QUESTION['configurable']['question']}>"
