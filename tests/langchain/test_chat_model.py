@@ -415,7 +415,7 @@ def test_the_wrapped_models_tags_and_callbacks_hold() -> None:
     assert usage.usage_metadata["local"]["total_tokens"] == 18
     events = list(graph_of(aligned(model)).stream({"messages": [HumanMessage("?")]}, stream_mode="messages"))
     assert len(events) == 1  # the node's result, and no tokens
-    assert aligned(model).metadata == {"team": "blue"}
+    assert aligned(model).metadata == model.metadata
     again = UsageMetadataCallbackHandler()
     aligned(LocalModel(callbacks=[again]), trace_original=True).invoke("2 + 2?")
     assert again.usage_metadata["local"]["total_tokens"] == 18  # once
