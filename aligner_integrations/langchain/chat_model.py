@@ -84,9 +84,11 @@ class AlignedChatModel(BaseChatModel):
         """How the wrapped model streams and shapes its content holds for this one, unless it is said."""
         # Under `trace_original` the wrapped model's run tells its own callbacks.
         heard = () if self.trace_original else ("callbacks",)
-        for name in ("disable_streaming", "output_version", "tags", "metadata", "verbose", *heard):
+        for name in ("disable_streaming", "output_version", "tags", "verbose", *heard):
             if name not in self.model_fields_set:
                 setattr(self, name, getattr(self.model, name))
+        if self.model.metadata:
+            self.metadata = {**self.model.metadata, **(self.metadata or {})}
         if self.model.cache is False and "cache" not in self.model_fields_set:
             self.cache = False
         return self
