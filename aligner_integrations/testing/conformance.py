@@ -25,6 +25,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
@@ -33,7 +34,7 @@ from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
 
 from aligner_integrations.testing.heard import HEARD
 from aligner_integrations.testing.replay import ReplayModel
-from aligner_integrations.testing.shown import Shown, compare, longest_piece
+from aligner_integrations.testing.shown import Shown, compare, longest_piece, messages_that_went_in, with_ids
 from aligner_integrations.testing.surfaces import SURFACES, WITH_MODEL_RUNS, Drive, Kind, Target
 
 _DRIVES = {**SURFACES, **HEARD}
@@ -165,7 +166,7 @@ def check(
     makes_handler = kind in HEARD
     if makes_handler and not isinstance(upstream, BaseChatModel):
         raise ValueError("upstream is needed for a callback handler to listen to; give a ReplayModel")
-    given = input if input is not None else _given(kind, question)
+    given = with_ids(input if input is not None else _given(kind, question))
     aim = Target(
         kind=kind,
         runnable=upstream if makes_handler else target,
@@ -179,10 +180,10 @@ def check(
     count = (lambda: upstream.handed_out) if isinstance(upstream, ReplayModel) else None
     wholes = [name for name in ("invoke", "ainvoke") if name in drives]
     baseline = wholes[:1] if expected is None else []
-    shown = {name: Shown(count) for name in dict.fromkeys([*names, *baseline])}
-    for name in WITH_MODEL_RUNS if kind == "chain" else ():
-        if name in shown:
-            shown[name].models = Shown(judged=False)
+    make = partial(Shown, canary, went_in=messages_that_went_in(given))
+    shown = {name: make(handed_out=count) for name in dict.fromkeys([*names, *baseline])}
+    for name in shown.keys() & WITH_MODEL_RUNS if kind == "chain" else ():
+        shown[name].models = make(judged=False)
     _drive_all(aim, {name: drives[name] for name in shown}, shown)
     expected, allowed = _texts(canary, expected, [shown[name] for name in wholes if name in shown])
     rows = []

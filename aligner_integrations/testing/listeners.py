@@ -11,7 +11,7 @@ from langchain_core.outputs import LLMResult
 from langchain_core.tracers import BaseTracer
 from langchain_core.tracers.schemas import Run
 
-from aligner_integrations.testing.shown import Shown, text_of
+from aligner_integrations.testing.shown import Shown
 
 
 class ProtocolReader:
@@ -28,9 +28,13 @@ class ProtocolReader:
             self.block(event, "")
             return
         data = event["params"]["data"]
-        self.shown.see({k: v for k, v in data.items() if k != "input"} if isinstance(data, dict) else data)
-        if event["method"] == "messages":
+        if event["method"] != "custom" and isinstance(data, dict):
+            data = {key: value for key, value in data.items() if key != "input"}
+        if event["method"] != "messages":
+            self.shown.see(data, event["method"])
+        else:
             message, metadata = data
+            self.shown.see(data, str(metadata.get("run_id", "")))
             if isinstance(message, BaseMessage):
                 self.shown.chunk(message, str(message.id))
             else:
@@ -74,12 +78,12 @@ class Listener(BaseCallbackHandler):
         self, token: Any, *, chunk: Any = None, run_id: Any, parent_run_id: Any = None, **kwargs: Any
     ) -> None:
         if place := self.shown.place(of_model=True, is_root=parent_run_id is None):
-            place.see(token)
+            place.see(token, str(run_id))
             place.chunk(token if chunk is None else getattr(chunk, "message", chunk), str(run_id))
 
     def on_stream_event(self, event: Any, *, run_id: Any, parent_run_id: Any = None, **kwargs: Any) -> None:
         if place := self.shown.place(of_model=True, is_root=parent_run_id is None):
-            place.see(event)
+            place.see(event, str(run_id))
             self.readers.setdefault(id(place), ProtocolReader(place)).block(event, str(run_id))
 
     def on_llm_end(
@@ -93,7 +97,24 @@ class Listener(BaseCallbackHandler):
         if place := self.shown.place(of_model=False, is_root=parent_run_id is None):
             place.see(outputs)
             if parent_run_id is None:
-                place.final(text_of(outputs))
+                place.final(place.text_of(outputs))
+
+    def on_tool_end(self, output: Any, *, parent_run_id: Any = None, **kwargs: Any) -> None:
+        if place := self.shown.place(of_model=False, is_root=parent_run_id is None):
+            place.see(output)
+
+    def on_custom_event(self, name: str, data: Any, *, run_id: Any, **kwargs: Any) -> None:
+        self.shown.see(data, f"{name} {run_id}")  # meant for the reader, whichever step sends it
+
+    def on_llm_error(self, error: BaseException, *, parent_run_id: Any = None, **kwargs: Any) -> None:
+        if place := self.shown.place(of_model=True, is_root=parent_run_id is None):
+            place.see(str(error))
+
+    def on_chain_error(self, error: BaseException, *, parent_run_id: Any = None, **kwargs: Any) -> None:
+        if place := self.shown.place(of_model=False, is_root=parent_run_id is None):
+            place.see(str(error))
+
+    on_tool_error = on_retriever_error = on_chain_error
 
 
 class Tracer(BaseTracer):

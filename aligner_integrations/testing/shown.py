@@ -5,32 +5,51 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
-from uuid import UUID
 
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
 
-# Random digits: a piece of a canary would be found there by chance.
+# Random digits: a piece of a canary would be found there by chance, but not one of this many characters.
+_NO_CHANCE = 8
 _IDS = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}|\b0x[0-9a-f]+")
 _INPUTS = ("human", "user", "system", "developer")
+_OF_HISTORY = ("ai", "assistant", "tool")  # went in, or is new: its id tells
+
+Path = tuple[str, ...]
+WentIn = Mapping[str, Any]  # the content of each message that went in, by its id
 
 
 class Shown:
     """Text as it was shown, kept by message, and all else that a reader of the surface could find."""
 
-    def __init__(self, handed_out: Callable[[], int] | None = None, *, judged: bool = True) -> None:
+    def __init__(
+        self,
+        canary: str,
+        *,
+        handed_out: Callable[[], int] | None = None,
+        went_in: WentIn | None = None,
+        judged: bool = True,
+    ) -> None:
         self.judged = judged
         self.has_text = True
         self.error: str | None = None
         self.models: Shown | None = None  # the model runs of a chain, where they are apart
+        self._canary = canary
+        # As an int has it: without zeros in front. Fewer than four digits are found in any count.
+        number = canary.lstrip("0") if canary.isdecimal() else ""
+        self._number = number if len(number) >= 4 else ""
         self._handed_out = handed_out
+        self._went_in = went_in or {}
         self._pieces: dict[str, list[str]] = {}
         self._held: dict[str, int] = {}
         self._finals: list[tuple[str | None, str]] = []
         self._with_tools: set[str] = set()
         self._seen: list[str] = []
+        self._series: dict[tuple[str, Path], list[str]] = defaultdict(list)
 
     def place(self, *, of_model: bool, is_root: bool) -> Shown | None:
         """Return where a run's output counts; None for a chain's inner steps, which come before its guard."""
@@ -38,9 +57,26 @@ class Shown:
             return self
         return self.models if of_model else None
 
-    def see(self, output: Any) -> None:
-        """Note every string in `output`, whatever it is for; messages that went in are left out."""
-        self._seen += strings_in(output)
+    def see(self, output: Any, source: str = "") -> None:
+        """Note every string in `output`, whatever it is for; messages that went in are left out.
+
+        Strings that one source shows in the same place, one after the other, are read as one text too: raw
+        tokens may come one by one.
+        """
+        for path, value in leaves_in(output, self._went_in):
+            if isinstance(value, int):
+                if self._number and self._number in str(value):
+                    self._seen.append(str(value))
+                continue
+            text = _IDS.sub(self._unless_telling, value)
+            self._seen.append(text)
+            self._series[source, path].append(text)
+
+    def _unless_telling(self, found: re.Match[str]) -> str:
+        """Keep of an id only what tells of the canary, which may look like an id itself."""
+        text = found[0]
+        tells = text in self._canary or longest_piece(self._canary, [text]) >= _NO_CHANCE
+        return text if tells else ""
 
     def add(self, text: str, message: str = "") -> None:
         """Note that `text` was appended to what is shown of a message."""
@@ -59,7 +95,7 @@ class Shown:
         """Note a whole message, which takes the place of what was shown under its id."""
         if calls_tools(message):
             self.calls_tools(str(message.id))
-        self.put(text_of(message), str(message.id))
+        self.put(self.text_of(message), str(message.id))
 
     def final(self, text: str, message: str | None = None) -> None:
         """Note a whole text that has to equal what was streamed: of one message, or of the last one."""
@@ -67,14 +103,24 @@ class Shown:
 
     def chunk(self, chunk: Any, message: str = "") -> None:
         """Note a chunk of a stream, all of it, and its text."""
-        self.see(chunk)
+        if _has_gone_in(chunk, self._went_in):
+            return
+        self.see(chunk, message)
         if calls_tools(chunk):
             self.calls_tools(message)
-        self.add(text_of(chunk), message)
+        self.add(self.text_of(chunk), message)
 
     def calls_tools(self, message: str) -> None:
         """Note that a message calls tools: it is not the answer."""
         self._with_tools.add(message)
+
+    def text_of(self, output: Any) -> str:
+        """Return the text that a reader of this output is shown; of a graph's state, the last answer."""
+        return text_of(output, self._went_in)
+
+    def messages_in(self, output: Any) -> list[AIMessage]:
+        """Return the model's messages in a state or an update of one, in order."""
+        return messages_in(output, self._went_in)
 
     @property
     def answer(self) -> tuple[list[str], int | None]:
@@ -103,33 +149,33 @@ class Shown:
     @property
     def everything(self) -> list[str]:
         """All that could be read, with each message's pieces joined: a canary may be cut in two."""
-        joined = ["".join(pieces) for pieces in self._pieces.values()]
+        joined = ["".join(pieces) for pieces in (*self._pieces.values(), *self._series.values())]
         return [*joined, *(text for _, text in self._finals), *self._seen]
 
 
-def text_of(output: Any) -> str:
-    """Return the text that a reader of this output is shown; of a graph's state, the last answer."""
+def text_of(output: Any, went_in: WentIn) -> str:
+    """Return the text that a reader of this output is shown; see `Shown.text_of`."""
     if isinstance(output, str):
         return output
     if isinstance(output, Mapping):
         if "messages" in output:
-            answers = [message for message in messages_in(output) if not calls_tools(message)]
+            answers = [message for message in messages_in(output, went_in) if not calls_tools(message)]
             return str(answers[-1].text) if answers else ""
         if "generations" in output:
             return str(output["generations"][0][0]["text"])
-        return next((text_of(output[key]) for key in ("answer", "output") if key in output), "")
+        return next((text_of(output[key], went_in) for key in ("answer", "output") if key in output), "")
     text = getattr(output, "text", "")
     return str(text) if isinstance(text, str) else ""
 
 
-def messages_in(output: Any) -> list[AIMessage]:
-    """Return the model's messages in a state or an update of one, in order."""
+def messages_in(output: Any, went_in: WentIn) -> list[AIMessage]:
+    """Return the model's messages, without those that went in; see `Shown.messages_in`."""
     if isinstance(output, AIMessage):
-        return [output]
+        return [] if _has_gone_in(output, went_in) else [output]
     if isinstance(output, Mapping):
         output = list(output.values())
     if isinstance(output, list | tuple):
-        return [message for part in output for message in messages_in(part)]
+        return [message for part in output for message in messages_in(part, went_in)]
     return []
 
 
@@ -139,33 +185,85 @@ def calls_tools(output: Any) -> bool:
     return isinstance(output, BaseMessage) and any(getattr(output, name, None) for name in names)
 
 
-def strings_in(value: Any, around: tuple[int, ...] = ()) -> Iterator[str]:
-    """Yield every string in an output; ids, numbers, and what a person or the system said are none."""
-    if isinstance(value, str):
-        yield _IDS.sub("", value)
-    elif not _is_input(value) and id(value) not in around:
-        parts: Iterable[Any] | None = None
+def leaves_in(
+    value: Any, went_in: WentIn, path: Path = (), around: tuple[int, ...] = ()
+) -> Iterator[tuple[Path, str | int]]:
+    """Yield every string and int in an output, with the keys that lead there.
+
+    The items of a list have the list's own path. Floats, times, and messages that went in are left out.
+    """
+    if isinstance(value, str | int):
+        yield path, value
+    elif not _is_input(value, went_in) and id(value) not in around:
+        parts: Iterable[tuple[Path, Any]] | None = None
         if isinstance(value, Mapping):
-            parts = [*value.keys(), *value.values()]
+            parts = [((*path, str(key)), part) for key, part in value.items()]
+            parts += [((*path, "", str(key)), key) for key in value]  # the keys can be read too
         elif isinstance(value, list | tuple | set | frozenset):
-            parts = value
+            parts = [(path, part) for part in value]
         elif isinstance(value, type):
             pass
         elif dataclasses.is_dataclass(value):
-            parts = [getattr(value, one.name) for one in dataclasses.fields(value)]
+            parts = [((*path, one.name), getattr(value, one.name)) for one in dataclasses.fields(value)]
         elif hasattr(value, "__pydantic_fields__"):
-            parts = [*vars(value).values(), value.__pydantic_extra__]
+            fields = {**vars(value), **(value.__pydantic_extra__ or {})}
+            parts = [((*path, name), part) for name, part in fields.items()]
         if parts is None:
-            yield _IDS.sub("", repr(value))
+            yield path, repr(value)
         else:
-            for part in parts:
-                yield from strings_in(part, (*around, id(value)))
+            for where, part in parts:
+                yield from leaves_in(part, went_in, where, (*around, id(value)))
 
 
-def _is_input(value: Any) -> bool:
-    if isinstance(value, HumanMessage | SystemMessage | int | float | datetime | UUID | None):
+def _is_input(value: Any, went_in: WentIn) -> bool:
+    if isinstance(value, HumanMessage | SystemMessage | float | datetime | uuid.UUID | None):
         return True
-    return isinstance(value, Mapping) and "content" in value and value.get("role") in _INPUTS
+    if isinstance(value, Mapping) and "content" in value and value.get("role") in _INPUTS:
+        return True
+    return _has_gone_in(value, went_in)
+
+
+def _has_gone_in(value: Any, went_in: WentIn) -> bool:
+    """Return whether this is a message that went in, as it was: one rewritten under its id is not."""
+    if isinstance(value, BaseMessage):
+        return value.id is not None and value.id in went_in and bool(went_in[value.id] == value.content)
+    if isinstance(value, Mapping) and "content" in value and isinstance(value.get("id"), str):
+        return value["id"] in went_in and bool(went_in[value["id"]] == value["content"])
+    return False
+
+
+def with_ids(given: Any) -> Any:
+    """Return an input whose messages have ids, so that each is known where it comes out again."""
+    if isinstance(given, BaseMessage):
+        return given if given.id else given.model_copy(update={"id": str(uuid.uuid4())})
+    if isinstance(given, list):
+        return [with_ids(part) for part in given]
+    if isinstance(given, dict):
+        filled = {key: with_ids(part) for key, part in given.items()}
+        if isinstance(said := filled.get("messages"), list):
+            filled["messages"] = [with_ids(_from_pair(message)) for message in said]
+        is_message = "content" in given and given.get("role") in _OF_HISTORY
+        return {"id": str(uuid.uuid4()), **filled} if is_message else filled
+    return given
+
+
+def _from_pair(message: Any) -> Any:
+    if isinstance(message, tuple) and len(message) == 2 and message[0] in _OF_HISTORY[:2]:
+        return AIMessage(message[1])
+    return message
+
+
+def messages_that_went_in(given: Any) -> dict[str, Any]:
+    """Return the content of each message of an input, by its id."""
+    if isinstance(given, BaseMessage):
+        return {given.id: given.content} if given.id else {}
+    if isinstance(given, dict):
+        if {"role", "content", "id"} <= given.keys():
+            return {given["id"]: given["content"]}
+        given = list(given.values())
+    if not isinstance(given, list):
+        return {}
+    return {id: content for part in given for id, content in messages_that_went_in(part).items()}
 
 
 def longest_piece(canary: str, texts: Iterable[str], *, allowed: str = "") -> int:

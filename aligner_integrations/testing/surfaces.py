@@ -15,7 +15,7 @@ from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.runnables import RunnableConfig
 
 from aligner_integrations.testing.listeners import Listener, ProtocolReader, Tracer
-from aligner_integrations.testing.shown import Shown, messages_in, text_of
+from aligner_integrations.testing.shown import Shown
 
 Kind = Literal["model", "chain", "graph", "handler", "async handler"]
 
@@ -74,7 +74,7 @@ def without_beta_warning() -> AbstractContextManager[Any]:
 
 def _output(shown: Shown, output: Any) -> None:
     shown.see(output)
-    shown.put(text_of(output))
+    shown.put(shown.text_of(output))
 
 
 def _invoke(target: Target, shown: Shown) -> None:
@@ -88,7 +88,7 @@ async def _ainvoke(target: Target, shown: Shown) -> None:
 def _twins(shown: Shown, outputs: list[Any]) -> None:
     for output in outputs:
         _output(shown, output)
-        shown.final(text_of(output))
+        shown.final(shown.text_of(output))
 
 
 def _batch(target: Target, shown: Shown) -> None:
@@ -115,7 +115,7 @@ class _Sum:
 
     def finish(self) -> None:
         if self.whole is not None:
-            self.shown.final(text_of(self.whole), "")
+            self.shown.final(self.shown.text_of(self.whole), "")
 
 
 def _stream(target: Target, shown: Shown) -> None:
@@ -137,16 +137,19 @@ async def _events_v2(target: Target, shown: Shown) -> None:
     async for event in events:
         name, is_root = event["event"], not event["parent_ids"]
         of_model = name.startswith(("on_chat_model", "on_llm"))
+        if name == "on_custom_event":  # meant for the reader, whichever step sends it, and of any shape
+            shown.see(event, f"{event['name']} {event['run_id']}")
+            continue
         place = shown.place(of_model=of_model, is_root=is_root)
         if place is None:
             continue
         data = {key: value for key, value in event["data"].items() if key != "input"}
-        place.see({**event, "data": data})
+        place.see({**event, "data": data}, f"{name} {event['run_id']}")
         # A chain streams its own text; in a graph, what streams as text is what its models say.
         if name.endswith("_stream") and (of_model or (is_root and target.kind == "chain")):
             place.chunk(data["chunk"], event["run_id"])
         elif name.endswith("_end") and (of_model or is_root):
-            place.final(text_of(data.get("output")), event["run_id"] if of_model else None)
+            place.final(place.text_of(data.get("output")), event["run_id"] if of_model else None)
 
 
 def _events_v3(target: Target, shown: Shown) -> None:
@@ -156,7 +159,7 @@ def _events_v3(target: Target, shown: Shown) -> None:
         for event in run:
             protocol.event(event)
         shown.see(run.output)
-        shown.final(text_of(run.output))
+        shown.final(shown.text_of(run.output))
 
 
 async def _aevents_v3(target: Target, shown: Shown) -> None:
@@ -167,7 +170,7 @@ async def _aevents_v3(target: Target, shown: Shown) -> None:
             protocol.event(event)
         output = await (run.output() if callable(run.output) else run.output)
     shown.see(output)
-    shown.final(text_of(output))
+    shown.final(shown.text_of(output))
 
 
 def _stream_with(target: Target, handler: BaseCallbackHandler) -> None:
@@ -191,9 +194,10 @@ def _tracer(target: Target, shown: Shown) -> None:
             runs += [(child, False) for child in run.child_runs]
             of_model = run.run_type in ("llm", "chat_model")
             if place := shown.place(of_model=of_model, is_root=is_root):
-                place.see([run.outputs, run.events])
+                place.see([run.outputs, run.error])
+                place.see(run.events, str(run.id))
                 if is_root:
-                    place.put(text_of(run.outputs))
+                    place.put(place.text_of(run.outputs))
 
 
 class _GraphPart:
@@ -213,22 +217,24 @@ class _GraphPart:
             return
         if mode == "messages":
             message, metadata = payload
-            self.shown.see([message, metadata])
+            self.shown.see(metadata)
             if isinstance(message, AIMessage):
                 self.shown.chunk(message, str(message.id))
+            else:
+                self.shown.see(message)
             return
         self.shown.see(payload)
         updates = payload.values() if mode == "updates" and isinstance(payload, Mapping) else [payload]
         for update in updates if mode != "custom" else ():
-            messages = messages_in(update)
+            messages = self.shown.messages_in(update)
             for message in messages:
                 self.shown.message(message)
-            if not messages and (text := text_of(update)):
+            if not messages and (text := self.shown.text_of(update)):
                 self.shown.put(text)
 
     def finish(self) -> None:
         if self.mode == "messages":
-            self.shown.final(text_of(self.state))
+            self.shown.final(self.shown.text_of(self.state))
 
 
 def _graph_mode(mode: str) -> Drive:
@@ -238,7 +244,7 @@ def _graph_mode(mode: str) -> Drive:
             part.take(name, payload)
         part.finish()
         if target.remembers:
-            shown.final(text_of(target.runnable.get_state(config).values))
+            shown.final(shown.text_of(target.runnable.get_state(config).values))
 
     return drive
 
@@ -251,7 +257,7 @@ def _agraph_mode(mode: str) -> Drive:
             part.take(name, payload)
         part.finish()
         if target.remembers:
-            shown.final(text_of((await target.runnable.aget_state(config)).values))
+            shown.final(shown.text_of((await target.runnable.aget_state(config)).values))
 
     return drive
 
