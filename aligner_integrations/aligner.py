@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
@@ -117,8 +118,9 @@ class Aligner:
         tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
         name = "onnx" if backend == "auto" else backend
         runner = load_backend(name, folder, provider=provider)
-        stamp = "|".join(f"{each.name}:{each.stat().st_size}" for each in sorted(folder.iterdir()))
-        source = f"{folder.resolve()}|{stamp}"
+        files = [(each.name, each.stat()) for each in sorted(folder.iterdir())]
+        stamps = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
+        source = sha256(repr((folder.resolve(), stamps)).encode()).hexdigest()[:16]
         return cls(
             runner, tokenizer, config, template=frame, decode=decode, safeguards=safeguards, source=source
         )
