@@ -33,8 +33,6 @@ from aligner_integrations.langchain.upstream import (
 )
 from aligner_integrations.resilience import WITHHELD_TEXT, OnError
 
-_OPTIONS = ("aligner", "on_error", "withheld_text", "feedback", "edit_margin")
-
 
 class AlignedChatModel(BaseChatModel):
     """Wraps any chat model; whoever listens, to whatever stream, hears corrected text only.
@@ -296,7 +294,7 @@ class AlignedChatModel(BaseChatModel):
 
     def _answer(self, messages: list[BaseMessage], kwargs: Mapping[str, Any]) -> ChatAnswer:
         return ChatAnswer(
-            CorrectionOptions(**{name: getattr(self, name) for name in _OPTIONS}),
+            CorrectionOptions.of(self),
             messages,
             thoughts=self.thoughts,
             structured=self._structured or is_structured(self.model, kwargs),

@@ -26,6 +26,8 @@ from aligner_integrations.stream import StreamCorrector
 
 Update: TypeAlias = RunSegment | TextUpdate
 
+_BLOCK_EVENTS = ("content-block-start", "content-block-delta", "content-block-finish")
+
 
 class HeardAnswer:
     """One run of a model: what it was asked, what it has said, and how much of that is corrected.
@@ -122,13 +124,13 @@ class HeardAnswer:
         return response.model_copy(update={"generations": generations, "llm_output": output})
 
     def _corrected(self, generation: Any, *, shown: bool) -> Any:
-        message = getattr(generation, "message", None) or AIMessageChunk(content=generation.text)
+        message = without_raw(getattr(generation, "message", None) or AIMessageChunk(content=generation.text))
         corrected = self._as_shown(message) if shown else None
         if corrected is None:  # another candidate, or not what was streamed
             corrected = correct_message(message, self._open_unheard)
         info = generation.generation_info and without_raw_keys(generation.generation_info)
         if isinstance(generation, ChatGeneration):
-            return type(generation)(message=without_raw(corrected), generation_info=info)
+            return type(generation)(message=corrected, generation_info=info)
         return generation.model_copy(update={"text": str(corrected.text), "generation_info": info})
 
     def _as_shown(self, message: BaseMessage) -> BaseMessage | None:
@@ -189,6 +191,3 @@ class HeardAnswer:
             self._show(own)
         self._settled += len(own.text)
         self._pending -= len(own.original) if self._optimistic else 0
-
-
-_BLOCK_EVENTS = ("content-block-start", "content-block-delta", "content-block-finish")

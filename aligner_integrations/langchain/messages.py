@@ -131,22 +131,19 @@ class MessageStream:
 
     def _finish(self) -> Steps[list[_Part]]:
         """End the running text."""
-        if self._corrector is None:
-            return []
-        corrector, self._corrector = self._corrector, None
-        parts = self._release((yield corrector.close))
-        self._slot = None
-        return parts
+        corrector = self._let_go()
+        return self._release((yield corrector.close)) if corrector else []
 
     def leave(self) -> list[_Part]:
         """A tool call begins: what is held of the text before it goes out as it is."""
         self._calling = True
-        if self._corrector is None:
-            return []
-        corrector, self._corrector = self._corrector, None
-        parts = self._release(corrector.release())
-        self._slot = None
-        return parts
+        corrector = self._let_go()
+        return self._release(corrector.release()) if corrector else []
+
+    def _let_go(self) -> StreamCorrector | None:
+        """Return the corrector of the running text, which is none any more."""
+        corrector, self._corrector, self._slot = self._corrector, None, None
+        return corrector
 
     def _release(self, segments: Iterable[Segment]) -> list[_Part]:
         parts: list[_Part] = []

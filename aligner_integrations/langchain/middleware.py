@@ -55,7 +55,7 @@ if StreamTransformer is not None:
         def __init__(self, scope: tuple[str, ...] = ()) -> None:
             super().__init__(scope)
             self._channel: StreamChannel[dict[str, Any]] = StreamChannel("corrections")
-            self._ids: dict[str, str] = {}  # of the messages that are coming, by checkpoint namespace and run
+            self._ids: dict[str, str] = {}  # of the messages that are coming, by run
 
         def init(self) -> dict[str, Any]:
             return {"corrections": self._channel}
@@ -143,6 +143,8 @@ class AlignerMiddleware(AgentMiddleware[Any, Any, Any]):
         handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]],
     ) -> ModelResponse[Any]:
         response = await handler(self._aligned(request))
+        if not any(map(self._is_raw, response.result)):
+            return response
         return await asyncio.to_thread(self._checked, request, response)
 
     def _aligned(self, request: ModelRequest[Any]) -> ModelRequest[Any]:
@@ -166,7 +168,7 @@ class AlignerMiddleware(AgentMiddleware[Any, Any, Any]):
                 thoughts=self._thoughts,
                 sink=self._sink,
                 trace_original=self._trace_original,
-                **self._options.fields(),
+                **self._options.by_name(),
             )
         if isinstance(model, RunnableBinding):
             return model.model_copy(update={"bound": self._wrap(model.bound)})

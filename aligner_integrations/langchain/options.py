@@ -42,7 +42,12 @@ class CorrectionOptions:
         if self.edit_margin is not None and not self.edit_margin >= 0:
             raise ValueError(f"edit_margin must be at least 0 (logits) or None, got {self.edit_margin}")
 
-    def fields(self) -> dict[str, Any]:
+    @classmethod
+    def of(cls, surface: object) -> CorrectionOptions:
+        """Return the options that a surface has as fields of its own."""
+        return cls(**{each.name: getattr(surface, each.name) for each in fields(cls)})
+
+    def by_name(self) -> dict[str, Any]:
         """Return the options by name, to hand them on."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 

@@ -269,14 +269,7 @@ class _Session:
                 question_key=runnable.question_key,
                 message_id=message_id,
             )
-        options = CorrectionOptions(
-            aligner=runnable.aligner,
-            on_error=runnable.on_error,
-            withheld_text=runnable.withheld_text,
-            feedback=runnable.feedback,
-            edit_margin=runnable.edit_margin,
-        )
-        return options.open(self._question, self._sink)
+        return CorrectionOptions.of(runnable).open(self._question, self._sink)
 
 
 def _check(answer: object, key: str) -> None:
