@@ -16,15 +16,9 @@ from aligner_integrations.backends.base import Backend, Ids
 from aligner_integrations.config import AlignerConfig, DecodeConfig, Granularity
 from aligner_integrations.correction import Correction, DecodeStats, Finding, make_edits
 from aligner_integrations.decode import Decoded, PromptCache, draft_decode, greedy_decode
-from aligner_integrations.errors import (
-    AlignerError,
-    CorrectionFailedError,
-    InputTooLongError,
-    ModelLoadError,
-    TemplateError,
-)
-from aligner_integrations.resilience import WITHHELD_TEXT, OnError
-from aligner_integrations.safeguards import SafeguardPolicy, inspect_correction, is_kept
+from aligner_integrations.errors import AlignerError, CorrectionFailedError, ModelLoadError, TemplateError
+from aligner_integrations.resilience import WITHHELD_TEXT, ErrorPolicy, OnError
+from aligner_integrations.safeguards import SafeguardPolicy, inspect_correction, is_kept, restore_citations
 from aligner_integrations.sentences import SentenceBuffer
 from aligner_integrations.template import CorrectionTemplate
 from aligner_integrations.tokenizer import Tokenizer
@@ -155,38 +149,30 @@ class Aligner:
             f"safeguards={self.safeguards!r})"
         )
 
-    def correct(self, question: str, answer: str, *, feedback: str = "") -> Correction:
+    def correct(
+        self,
+        question: str,
+        answer: str,
+        *,
+        feedback: str = "",
+        on_error: OnError = "raise",
+        withheld_text: str = WITHHELD_TEXT,
+    ) -> Correction:
         """Correct a finished answer.
 
         A sentence-level model corrects it sentence by sentence, each after the corrected ones before
-        it. A piece that does not fit the context stays as it is, with a finding.
+        it. A piece that does not fit the context stays as it is, with a finding. `on_error` and
+        `withheld_text` are those of a stream.
 
         Raises:
-            CorrectionFailedError: the model failed.
-            InputTooLongError: an answer-level model's context cannot hold question, answer and
-                correction.
+            CorrectionFailedError: the model failed and `on_error` is `"raise"`.
+            InputTooLongError: likewise, when an answer-level model's context cannot hold the answer.
         """
         check_texts(question=question, answer=answer, feedback=feedback)
-        if self.granularity == "sentence":
-            from aligner_integrations.stream import correct_by_sentence  # streams stand above this file
+        from aligner_integrations.finished import correct_finished  # finished answers stand above this file
 
-            return correct_by_sentence(self, question, answer, feedback=feedback)
-        core = answer.strip()
-        if not has_words(core):
-            return self.untouched(question, answer)
-        prompt = self.encode_prompt(question, "", core, feedback)
-        reference = self.tokenizer.encode_text(core)
-        room = self.config.max_length - len(prompt)
-        if room <= len(reference):
-            raise InputTooLongError(
-                f"question and answer take {len(prompt)} tokens and a correction as long as the answer "
-                f"{len(reference) + 1} more; the model's context has {self.config.max_length}"
-            )
-        decoded = self.run(prompt, reference, min(self.decode_config.max_new_tokens or room, room))
-        lead, _, tail = answer.partition(core)
-        # Published aligners rewrite freely, so being far from the original is no harm in itself.
-        policy = SafeguardPolicy(min_similarity=0.0, max_changed_numbers=None)
-        return self.finish(question, (lead, core, tail), reference, decoded, policy)
+        errors = ErrorPolicy(on_error, withheld_text)
+        return correct_finished(self, question, answer, feedback=feedback, errors=errors)
 
     def correct_sentence(
         self, question: str, prefix: str, sentence: str, *, feedback: str = ""
@@ -211,23 +197,38 @@ class Aligner:
             session.accept(piece)
         return session.correct(sentence)
 
-    def correct_batch(self, pairs: Sequence[tuple[str, str]], *, feedback: str = "") -> list[Correction]:
-        """Correct (question, answer) pairs; the same as one by one, in the same order."""
-        if not isinstance(pairs, Sequence):
-            raise TypeError(f"pairs must be a sequence of (question, answer), got {type(pairs).__name__}")
-        for index, pair in enumerate(pairs):
-            if not isinstance(pair, tuple | list) or len(pair) != 2:
-                raise TypeError(
-                    f"pairs[{index}] must be a (question, answer) pair, got {type(pair).__name__}"
-                )
-            check_texts(**{f"pairs[{index}][0]": pair[0], f"pairs[{index}][1]": pair[1]})
-        return [self.correct(question, answer, feedback=feedback) for question, answer in pairs]
+    def correct_batch(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        *,
+        feedback: str = "",
+        on_error: OnError = "raise",
+        withheld_text: str = WITHHELD_TEXT,
+    ) -> list[Correction]:
+        """Correct (question, answer) pairs; the same as one by one, in the same order, but faster.
 
-    async def acorrect(self, question: str, answer: str, *, feedback: str = "") -> Correction:
-        """Correct a finished answer in a thread of its own."""
+        A question that many pairs share is run once, and a small model corrects as many texts at a time
+        as there are cores. With `on_error="raise"` the first pair that fails raises.
+        """
+        from aligner_integrations.batch import correct_batch  # batches stand above this file
+
+        return correct_batch(self, pairs, feedback=feedback, on_error=on_error, withheld_text=withheld_text)
+
+    async def acorrect(
+        self,
+        question: str,
+        answer: str,
+        *,
+        feedback: str = "",
+        on_error: OnError = "raise",
+        withheld_text: str = WITHHELD_TEXT,
+    ) -> Correction:
+        """Correct a finished answer as `correct` does, in a thread of its own."""
         import asyncio  # a fifth of the time that importing this package takes; few need it
 
-        return await asyncio.to_thread(self.correct, question, answer, feedback=feedback)
+        return await asyncio.to_thread(
+            self.correct, question, answer, feedback=feedback, on_error=on_error, withheld_text=withheld_text
+        )
 
     def stream(
         self,
@@ -318,11 +319,15 @@ class Aligner:
         if decoded.stats.finish_reason != "eos" and not same:
             action = "kept_original" if self.safeguards == "keep_original" else "accepted"
             findings += (Finding("truncated", "the correction ended before it was complete", action),)
+        shown = proposed
         if self.safeguards == "keep_original":
+            shown = restore_citations(core, proposed)
             policy = replace(policy, special_tokens=self.tokenizer.special_tokens_in(proposed))
-            findings += inspect_correction(question, core, proposed, policy=policy)
+            findings += inspect_correction(question, core, shown, policy=policy)
+            if shown != proposed and not is_kept(findings):
+                findings += (Finding("citations_lost", "missing citations were put back", "repaired"),)
         answer = "".join(margins)
-        text = answer if is_kept(findings) else _put_back(margins, proposed)
+        text = answer if is_kept(findings) else _put_back(margins, shown)
         return Correction(
             question=question,
             answer=answer,

@@ -24,7 +24,7 @@ class Edit:
 class Finding:
     """What a check noticed about a correction, and what was done about it.
 
-    `action` is `"kept_original"` when the proposal is not shown, `"accepted"` when it is.
+    `action`: `"accepted"` and `"repaired"` proposals are shown, `"kept_original"` and `"withheld"` ones not.
     """
 
     check: str

@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class ErrorPolicy:
-    """Decides for one answer what a failed correction shows. Logs the first failure only."""
+    """Decides for one answer, or one batch, what a failed correction shows. Logs the first failure only."""
 
     on_error: OnError = "raise"
     withheld_text: str = WITHHELD_TEXT

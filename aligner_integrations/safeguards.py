@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,6 +63,16 @@ _LETTER_LOOP = re.compile(r"([^\W\d_])\1{7,}|([^\w\s.\-=*#~+|/\\])\2{7,}")
 # Words, or single characters of scripts that are written without spaces.
 _WORD = re.compile(r"[぀-ヿ㐀-鿿가-힣]|[^\W぀-ヿ㐀-鿿가-힣]+(?:['’]\w+)*")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+# A citation, whole with its link; or inline code, where brackets are none. Counted from 1: [0, 1] is none.
+_CITATION = re.compile(
+    r"""`[^`\n]*`
+      | (?P<mark>
+            \[(?: \^[\w.:-]{1,32} | [1-9]\d{0,2} (?:\s?[,;–-]\s?[1-9]\d{0,2})* )\]
+            (?: \( [^()\s]* (?:\([^()\s]*\)[^()\s]*)* (?:[ ]"[^"\n]*")? \) )?
+        )""",
+    re.VERBOSE,
+)
+_STOPS, _CLOSERS = ".!?…。！？।؟:;", "\"'”’)*_"
 # Past this many words similarity is measured on word counts alone; difflib is quadratic.
 _MAX_ALIGNED_WORDS = 600
 # Repetition is looked for in this much of the end; loops run on to the end.
@@ -99,6 +110,33 @@ def is_refusal(text: str) -> bool:
     )
 
 
+def restore_citations(original: str, proposed: str) -> str:
+    """Return `proposed` with the citation marks that `original` has and it lacks, such as `[1]`.
+
+    They stand at its end, before the closing stop or after it as they did in the original; what opened
+    the original opens it again. A sentence that was dropped, and a refusal, gets none.
+    """
+    marks = _citations(original)
+    if not marks or not proposed.strip() or is_refusal(proposed):
+        return proposed
+    left = Counter(mark[0] for mark in _citations(proposed))
+    opening = inner = outer = ""
+    opens, read = True, 0
+    stop, _ = _closing(original)
+    for mark in marks:
+        opens = opens and not original[read : mark.start()].strip()
+        read = mark.end()
+        if left[mark[0]] > 0:
+            left[mark[0]] -= 1
+        elif opens:
+            opening += f"{mark[0]} "
+        else:
+            spaced = f" {mark[0]}" if original[mark.start() - 1].isspace() else mark[0]
+            inner, outer = (inner + spaced, outer) if mark.start() < stop else (inner, outer + spaced)
+    stop, end = _closing(proposed)
+    return opening + proposed[:stop] + inner + proposed[stop:end] + outer + proposed[end:]
+
+
 def word_similarity(answer: str, proposed: str) -> float:
     """Return how near two texts are, from 0 to 1, by their lower-cased words.
 
@@ -121,6 +159,22 @@ def word_similarity(answer: str, proposed: str) -> float:
     if len(old) + len(new) > _MAX_ALIGNED_WORDS:
         return max(share, 2 * common / (len(old) + len(new)))
     return max(share, difflib.SequenceMatcher(a=old, b=new, autojunk=False).ratio())
+
+
+def _citations(text: str) -> list[re.Match[str]]:
+    return [match for match in _CITATION.finditer(text) if match["mark"]]
+
+
+def _closing(text: str) -> tuple[int, int]:
+    """Return where the closing stop of `text` begins, and where text ends; both the same without a stop."""
+    end = body = len(text.rstrip())
+    for mark in reversed(_citations(text)):
+        if text[mark.end() : body].strip():
+            break
+        body = mark.start()
+    bare = text[:body].rstrip().rstrip(_CLOSERS)
+    stem = len(bare.rstrip(_STOPS))
+    return (stem if stem < len(bare) else end), end
 
 
 def _words(text: str) -> list[str]:
@@ -207,4 +261,11 @@ _CHECKS: tuple[_Check, ...] = (
     _check_numbers,
 )
 
-__all__ = ["SafeguardPolicy", "inspect_correction", "is_kept", "is_refusal", "word_similarity"]
+__all__ = [
+    "SafeguardPolicy",
+    "inspect_correction",
+    "is_kept",
+    "is_refusal",
+    "restore_citations",
+    "word_similarity",
+]

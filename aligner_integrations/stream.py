@@ -10,7 +10,7 @@ from typing import Self
 
 from aligner_integrations.aligner import Aligner, check_texts, has_words
 from aligner_integrations.backends.base import Ids
-from aligner_integrations.correction import Correction, DecodeStats, Edit, Finding, Segment, make_edits
+from aligner_integrations.correction import Correction, Finding, Segment, make_edits
 from aligner_integrations.decode import PromptCache
 from aligner_integrations.errors import AlignerError, InputTooLongError
 from aligner_integrations.resilience import WITHHELD_TEXT, ErrorPolicy, OnError
@@ -29,12 +29,14 @@ class SentenceSession:
     rebuilt rarely.
     """
 
-    def __init__(self, aligner: Aligner, question: str, feedback: str = "") -> None:
+    def __init__(
+        self, aligner: Aligner, question: str, feedback: str = "", cache: PromptCache | None = None
+    ) -> None:
         self._aligner = aligner
         self._question = question
         self._question_ids = aligner.tokenizer.encode_text(question)
         self._feedback = feedback
-        self._cache = PromptCache(aligner.backend)
+        self._cache = PromptCache(aligner.backend) if cache is None else cache
         self._window: deque[tuple[str, int]] = deque()  # accepted pieces with their tokens
         self._held = 0  # tokens in the window
         self._refused = False
@@ -188,7 +190,36 @@ class StreamCorrector:
         `push("")` then does the rest. So an event loop needs a thread only where a model has work.
         """
         self._take(text)
+        return self.waiting
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is anything for `step` to do."""
         return bool(self._pending or self._ready)
+
+    def step(self) -> Segment:
+        """Correct the next of the sentences that wait after `feed` or `end`, and no other.
+
+        Raises:
+            ValueError: no sentence waits.
+            CorrectionFailedError: the model failed and `on_error` is `"raise"`; the sentence goes on waiting.
+        """
+        if self._ready:
+            return self._ready.pop(0)
+        for correction in self._corrections():
+            return self._as_segment(correction)
+        raise ValueError("no sentence waits; feed text, or end it")
+
+    def end(self) -> bool:
+        """Take it that no more text comes; return whether anything waits for `step`."""
+        self._take_end()
+        return self.waiting
+
+    def discard(self) -> None:
+        """Forget all text that is not corrected yet: the answer goes on in another way."""
+        self._buffer = SentenceBuffer()
+        self._pending.clear()
+        self._gathered = []
 
     def release(self) -> list[Segment]:
         """End the answer; return what is left of it as it came, uncorrected."""
@@ -275,20 +306,8 @@ class StreamCorrector:
             correction = self._aligner.correct(self._question, piece, feedback=self._feedback)
             note = Finding("corrected_at_end", "the model corrects whole answers only", "accepted")
             return replace(correction, findings=(*correction.findings, note))
-        except InputTooLongError as error:
-            if self._errors.on_error == "withhold":
-                return self._recover(error, piece)
-            finding = Finding("too_long", str(error), "kept_original")
-            return self._aligner.untouched(self._question, str(piece), finding)
         except AlignerError as error:
-            return self._recover(error, piece)
-
-    def _recover(self, error: AlignerError, piece: str) -> Correction:
-        lead, core, tail = split_margins(piece)
-        shown, finding = self._errors.recover(error, core)
-        unchanged = self._aligner.untouched(self._question, str(piece), finding)
-        text = lead + shown + tail
-        return replace(unchanged, text=text, edits=make_edits(piece, text))
+            return stand_in(self._aligner, self._question, piece, error, self._errors)
 
     def _as_segment(self, correction: Correction) -> Segment:
         segment = Segment(
@@ -313,43 +332,17 @@ class StreamCorrector:
         self._gathered = []
 
 
-def correct_by_sentence(aligner: Aligner, question: str, answer: str, *, feedback: str = "") -> Correction:
-    """Correct a finished answer with a sentence-level model: a stream of one chunk, merged."""
-    stream = StreamCorrector(aligner, question, feedback=feedback)
-    stream._take(answer)
-    stream._take_end()
-    parts = list(stream._corrections())
-    if not parts:
-        return aligner.untouched(question, answer)
-    edits: list[Edit] = []
-    start = 0
-    for part in parts:
-        edits += (Edit(start + edit.start, start + edit.end, edit.replacement) for edit in part.edits)
-        start += len(part.answer)
-    return Correction(
-        question=question,
-        answer=answer,
-        text="".join(part.text for part in parts),
-        proposed="".join(part.proposed for part in parts),
-        edits=tuple(edits),
-        # The same finding of many sentences is said once.
-        findings=tuple(dict.fromkeys(finding for part in parts for finding in part.findings)),
-        stats=_merge_stats([part.stats for part in parts]),
-    )
+def stand_in(
+    aligner: Aligner, question: str, piece: str, error: AlignerError, errors: ErrorPolicy
+) -> Correction:
+    """Return what is shown of a piece whose correction failed.
 
-
-def _merge_stats(parts: list[DecodeStats]) -> DecodeStats:
-    """Sum what the sentences cost; the worst reason to finish stands for all."""
-    reasons = {part.finish_reason for part in parts}
-    return DecodeStats(
-        prompt_tokens=sum(part.prompt_tokens for part in parts),
-        cached_tokens=sum(part.cached_tokens for part in parts),
-        new_tokens=sum(part.new_tokens for part in parts),
-        forwards=sum(part.forwards for part in parts),
-        drafted_tokens=sum(part.drafted_tokens for part in parts),
-        accepted_tokens=sum(part.accepted_tokens for part in parts),
-        seconds=sum(part.seconds for part in parts),
-        finish_reason="deadline" if "deadline" in reasons else "length" if "length" in reasons else "eos",
-        backend=parts[0].backend,
-        provider=parts[0].provider,
-    )
+    Raises:
+        AlignerError: `error` itself, when `errors` says so; a piece that is too long never raises.
+    """
+    if isinstance(error, InputTooLongError) and errors.on_error != "withhold":
+        return aligner.untouched(question, str(piece), Finding("too_long", str(error), "kept_original"))
+    lead, core, tail = split_margins(piece)
+    shown, finding = errors.recover(error, core)
+    text = lead + shown + tail
+    return replace(aligner.untouched(question, str(piece), finding), text=text, edits=make_edits(piece, text))

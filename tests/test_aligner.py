@@ -121,16 +121,6 @@ def test_an_empty_question_is_allowed() -> None:
     assert scripted_aligner(lambda q, p, s: s + q).correct("", "A sentence.").text == "A sentence."
 
 
-def test_a_batch_equals_one_by_one() -> None:
-    aligner = scripted_aligner(lambda q, p, s: f"{s} ({q})" if "b" in s else s)
-    pairs = [("Q1", "ab. b c."), ("Q2", ""), ("Q3", ANSWER), ("Q1", "ab. b c.")]
-    batch = aligner.correct_batch(pairs)
-    singles = [aligner.correct(question, answer) for question, answer in pairs]
-    blank = [replace(c, stats=replace(c.stats, seconds=0.0)) for c in batch]
-    assert blank == [replace(c, stats=replace(c.stats, seconds=0.0)) for c in singles]
-    assert aligner.correct_batch([]) == []
-
-
 async def test_acorrect_gives_the_same() -> None:
     aligner = scripted_aligner(lambda q, p, s: s.upper())
     assert (await aligner.acorrect("Q", ANSWER)).text == aligner.correct("Q", ANSWER).text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,8 +14,10 @@ from aligner_integrations.safeguards import (
     inspect_correction,
     is_kept,
     is_refusal,
+    restore_citations,
     word_similarity,
 )
+from aligner_integrations.testing import scripted_aligner
 
 REFUSALS = [
     "I can't help with that.",
@@ -157,3 +161,138 @@ def test_more_than_one_other_number_or_a_lost_one_is_not_a_correction(
     assert any(finding.check == "numbers" for finding in findings) is kept
     free = inspect_correction("", answer, proposed, policy=SafeguardPolicy(max_changed_numbers=None))
     assert not any(finding.check == "numbers" for finding in free)
+
+
+# --- citations
+
+
+@pytest.mark.parametrize(
+    ("original", "proposed", "restored"),
+    [
+        ("It is 7 [1].", "It is 8.", "It is 8 [1]."),
+        ("It is 7[1].", "It is 8.", "It is 8[1]."),
+        ("It is 7. [1]", "It is 8.", "It is 8. [1]"),
+        ("It is 7.[1]", "It is 8.", "It is 8.[1]"),
+        ("It is 7.[1][2]", "It is 8.", "It is 8.[1][2]"),
+        ("It is 7. [1] [2]", "It is 8. [1]", "It is 8. [1] [2]"),
+        ("It is 7 [1][2].", "It is 8 [1].", "It is 8 [1][2]."),
+        ("It is 7 [1]", "It is 8", "It is 8 [1]"),
+        ("As Smith [1] says, it is 7 [2, 3].", "It is 8.", "It is 8 [1] [2, 3]."),
+        ("It is 7 [1-3] or 8 [4–6]?!", "Is it 7?!", "Is it 7 [1-3] [4–6]?!"),
+        ("It is 7 [^1] [^note].", "It is 8.", "It is 8 [^1] [^note]."),
+        ("It is 7 [1](https://a.b/c_(d)).", "It is 8.", "It is 8 [1](https://a.b/c_(d))."),
+        ('It is 7 [1](u "A title").', "It is 8.", 'It is 8 [1](u "A title").'),
+        ('He said "it is 7." [1]', 'He said "it is 8."', 'He said "it is 8." [1]'),
+        ('He said "it is 7 [1]."', 'He said "it is 8."', 'He said "it is 8 [1]."'),
+        ("**It is 7 [1].**", "**It is 8.**", "**It is 8 [1].**"),
+        ("结果是七[1]。", "结果是八。", "结果是八[1]。"),
+        ("The causes [1]:", "The cause:", "The cause [1]:"),
+        ("[1] [2] The sum is 7.", "The sum is 8.", "[1] [2] The sum is 8."),
+        ("It is 7 [1] and 7 [1].", "It is 8 [1].", "It is 8 [1] [1]."),
+    ],
+)
+def test_a_lost_citation_is_put_back_where_it_stood(original: str, proposed: str, restored: str) -> None:
+    assert restore_citations(original, proposed) == restored
+    assert restore_citations(original, restored) == restored
+
+
+@pytest.mark.parametrize(
+    ("original", "proposed"),
+    [
+        ("It is 7 [1].", ""),
+        ("It is 7 [1].", " \n"),
+        ("It is 7 [1].", "I'm sorry, but I can't help with that."),
+        ("It is 7 [1].", "It is 8 [1]."),
+        ("It is 7.", "It is 8 [1]."),  # what the model made up is another matter
+        ("Write `a[1]`.", "Write it."),
+        ("It lies in [0, 1].", "It lies there."),
+        ("- [x] Done [ ] [a] [12345].", "Done."),
+    ],
+)
+def test_nothing_is_put_back_where_nothing_was_lost(original: str, proposed: str) -> None:
+    assert restore_citations(original, proposed) == proposed
+
+
+MARKS = ("[1]", "[2]", "[2, 3]", "[1-3]", "[^1]", "[1](https://a.b/c_(d)?e=f)", "[12]")
+WORDS = st.sampled_from(["It is 7", "so", ".", ". ", "!", "?", '"', ")", "(", "*", " ", "\n", "。", ":", "é"])
+MARKED = st.lists(st.one_of(WORDS, st.sampled_from(MARKS)), max_size=10)
+
+
+def count_marks(text: str) -> dict[str, int]:
+    """How often each mark is in a text; "[1]" with its link is not also "[1]"."""
+    counts = {}
+    for mark in sorted(MARKS, key=len, reverse=True):
+        counts[mark] = text.count(mark)
+        text = text.replace(mark, "_")
+    return counts
+
+
+@given(original=MARKED, words=st.lists(WORDS, max_size=8), kept=st.integers(0, 10))
+def test_every_mark_of_the_original_is_in_what_is_shown(
+    original: list[str], words: list[str], kept: int
+) -> None:
+    marks = [part for part in original if part in MARKS]
+    # The proposal keeps some of the marks, between other words.
+    proposed = "".join(
+        itertools.chain.from_iterable(itertools.zip_longest(words, marks[:kept], fillvalue=" "))
+    )
+    text = "".join(original)
+    restored = restore_citations(text, proposed)
+    if not marks or not proposed.strip():
+        assert restored == proposed
+        return
+    found = count_marks(restored)
+    assert all(found[mark] >= count for mark, count in count_marks(text).items())
+    # Nothing but marks was added, and nothing was taken away.
+    left = iter(restored)
+    assert all(char in left for char in proposed)
+    assert restore_citations(text, restored) == restored
+
+
+@given(original=st.text(), proposed=st.text())
+def test_text_without_marks_stays_as_it_is(original: str, proposed: str) -> None:
+    if "]" not in original:
+        assert restore_citations(original, proposed) == proposed
+    restore_citations(original + "[1]", proposed)
+
+
+@pytest.mark.parametrize(
+    "unit", ["[1]", "[1](", "[1](a", "[1](a(b)", "`", "`[1]", "[1,", "[^a", ". ", '."', "[1] a"]
+)
+def test_citations_are_looked_for_in_linear_time(unit: str) -> None:
+    """Backtracking would hang here."""
+    restore_citations(unit * 20_000, unit * 10_000 + "b.")
+    restore_citations(unit * 20_000, "b.")
+
+
+def test_a_stream_keeps_its_citations() -> None:
+    def rule(question: str, prefix: str, sentence: str) -> str:
+        return {
+            "It is 6 x 7 = 41 [1].": "It is 6 x 7 = 42.",
+            "Drink it [2].": "I'm sorry, but I can't help with that.",
+            "Then some more [3].": "",
+        }.get(sentence, sentence)
+
+    aligner = scripted_aligner(rule, safeguards="keep_original")
+    answer = "It is 6 x 7 = 41 [1]. So it is [2]. Drink it [2]. Then some more [3]. "
+    with aligner.stream("How much?") as stream:
+        segments = [*stream.push(answer), *stream.close()]
+    assert [segment.text for segment in segments] == [
+        "It is 6 x 7 = 42 [1]. ",
+        "So it is [2]. ",
+        "I'm sorry, but I can't help with that. ",
+        "",
+    ]
+    findings = [finding for segment in segments for finding in segment.findings]
+    assert [(finding.check, finding.action) for finding in findings] == [("citations_lost", "repaired")]
+    correction = aligner.correct("How much?", "It is 6 x 7 = 41 [1].")
+    assert (correction.text, correction.proposed) == ("It is 6 x 7 = 42 [1].", "It is 6 x 7 = 42.")
+    free = aligner.with_options(safeguards="off").correct("How much?", "It is 6 x 7 = 41 [1].")
+    assert (free.text, free.findings) == ("It is 6 x 7 = 42.", ())
+
+
+def test_citations_do_not_make_a_refused_proposal_fit() -> None:
+    aligner = scripted_aligner(lambda q, p, s: "Bananas grow in warm places.", safeguards="keep_original")
+    correction = aligner.correct("Q", "Then run away [1].")
+    assert correction.text == "Then run away [1]."
+    assert {finding.check for finding in correction.findings} == {"drift"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -46,4 +46,13 @@ class Backend(Protocol):
 
         Returns logits of shape (last, vocabulary), float32, for the last `last` of `ids`.
         """
+        ...
+
+
+@runtime_checkable
+class SideBySide(Backend, Protocol):
+    """A backend for which many texts side by side are faster than one after the other."""
+
+    def for_batches(self) -> tuple[Backend, int]:
+        """Return the backend to run a batch of texts on, and by how many threads at a time."""
         ...

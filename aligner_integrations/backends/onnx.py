@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -35,6 +36,8 @@ _FLOAT_TYPES: dict[str, type[np.generic]] = {
 }
 
 
+# Up to here, in bytes, a forward leaves cores idle and the weights may be held twice; above, neither holds.
+_SMALL_MODEL = 256 * 2**20
 # In a graph's metadata: it may write its keys and values into the buffers that it is given.
 SHARED_CACHE = "aligner.shared_cache"
 _LEAST_ROOM = 256  # tokens; a buffer that is too small is doubled
@@ -139,9 +142,21 @@ class OnnxBackend:
 
     name = "onnx"
 
-    def __init__(self, session: ort.InferenceSession, *, provider: str) -> None:
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        *,
+        provider: str,
+        file: Path | None = None,
+        threads: int | None = None,
+    ) -> None:
         self.provider = provider
         self._session = session
+        self._file = file
+        self._stamp = _stamp(file)
+        self._threads = threads
+        self._one_thread: OnnxBackend | None = None
+        self._loading = threading.Lock()
         inputs = {node.name: node for node in session.get_inputs()}
         outputs = {node.name for node in session.get_outputs()}
         past = [name for name in inputs if name.startswith("past_key_values.")]
@@ -205,12 +220,30 @@ class OnnxBackend:
             found = session.get_providers()[0]
             if found == FULL_NAMES[name]:
                 report_fallback(asked=provider, used=name, why=why)
-                return cls(session, provider=found)
+                return cls(session, provider=found, file=path, threads=threads)
             why[name] = f"the session runs on {found}"
         raise ProviderUnavailableError(
             f"provider {provider!r} was asked for, but {why.get(provider, 'nothing loaded')}; "
             'use provider="auto" or "cpu", or see `aligner doctor`'
         )
+
+    def for_batches(self) -> tuple[OnnxBackend, int]:
+        """Return the backend to run a batch of texts on, and by how many threads at a time.
+
+        A second core makes a small model's forward little faster, a second text fills it: on the CPU
+        that is a session of one thread for each forward, made at the first call, and a text for each core.
+        """
+        workers = self._threads or available_cores()
+        size = sum(size for size, _ in self._stamp)
+        if workers == 1 or self.provider != FULL_NAMES["cpu"] or not 0 < size <= _SMALL_MODEL:
+            return self, 1
+        with self._loading:
+            if self._one_thread is None:
+                if _stamp(self._file) != self._stamp:  # it would be another model
+                    return self, 1
+                assert self._file is not None
+                self._one_thread = OnnxBackend.load(self._file.parent, provider="cpu", threads=1)
+        return self._one_thread, workers
 
     def make_cache(self) -> OnnxCache | SharedCache:
         """Return an empty cache."""
@@ -247,6 +280,14 @@ def _make_session(
         wanted = [(FULL_NAMES[name], provider_options or {}), FULL_NAMES["cpu"]]
     # Without enable_fallback=0 a provider that fails later is swapped for the CPU, with a print.
     return ort.InferenceSession(os.fspath(path), sess_options=options, providers=wanted, enable_fallback=0)
+
+
+def _stamp(file: Path | None) -> list[tuple[int, int]]:
+    """Return size and time of a model's file and of its weights beside it, as far as there are any."""
+    if file is None:
+        return []
+    found = [path.stat() for path in (file, file.with_name("model.onnx_data")) if path.is_file()]
+    return [(stat.st_size, stat.st_mtime_ns) for stat in found]
 
 
 def _empty_past(node: Any) -> FloatArray:  # a NodeArg; onnxruntime gives no type for it

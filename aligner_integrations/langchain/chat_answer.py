@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from langchain_core.messages import AIMessageChunk, BaseMessage
@@ -10,17 +10,9 @@ from langchain_core.messages import AIMessageChunk, BaseMessage
 from aligner_integrations.correction import Segment
 from aligner_integrations.langchain.jobs import Steps, inside
 from aligner_integrations.langchain.messages import MessageStream, correct_message
-from aligner_integrations.langchain.options import CorrectionOptions
 from aligner_integrations.langchain.question import question_text
+from aligner_integrations.options import CorrectionOptions
 from aligner_integrations.stream import StreamCorrector
-
-# By these a caller asks a provider for structured output; what comes is data, not prose.
-_STRUCTURED = (
-    *("response_format", "response_schema", "response_json_schema", "response_mime_type"),
-    *("output_format", "format"),
-)
-_HOLDS_FORMAT = ("text", "output_config")  # under `format`
-_PLAIN = ("text", "text/plain")
 
 
 class ChatAnswer:
@@ -95,14 +87,3 @@ def _cost(segments: Sequence[Segment]) -> dict[str, Any]:
         "seconds": sum(one.seconds for one in stats),
         "provider": stats[-1].provider,
     }
-
-
-def is_structured(model: object, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call's options, or the model's own, ask for structured output."""
-    given = {name: getattr(model, name, None) for name in _STRUCTURED}
-    for more in (getattr(model, "model_kwargs", None), getattr(model, "extra_body", None), kwargs):
-        given |= more if isinstance(more, Mapping) else {}
-    asked = [given.get(name) for name in _STRUCTURED]
-    holders = [given.get(name) for name in _HOLDS_FORMAT]
-    asked += [each.get("format") for each in holders if isinstance(each, Mapping)]
-    return any(each and each not in _PLAIN and each != {"type": "text"} for each in asked)

@@ -20,10 +20,9 @@ from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 from aligner_integrations.aligner import Aligner
 from aligner_integrations.correction import Segment
 from aligner_integrations.langchain.answers import slices
-from aligner_integrations.langchain.chat_answer import ChatAnswer, is_structured
+from aligner_integrations.langchain.chat_answer import ChatAnswer
 from aligner_integrations.langchain.jobs import apart, arun, run
 from aligner_integrations.langchain.messages import without_raw_keys
-from aligner_integrations.langchain.options import CorrectionOptions, load_bundled
 from aligner_integrations.langchain.upstream import (
     as_chunk,
     as_result,
@@ -31,6 +30,7 @@ from aligner_integrations.langchain.upstream import (
     child_config,
     stream_chunks,
 )
+from aligner_integrations.options import CorrectionOptions, is_structured, load_bundled
 from aligner_integrations.resilience import WITHHELD_TEXT, OnError
 
 

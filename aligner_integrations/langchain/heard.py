@@ -20,8 +20,8 @@ from aligner_integrations.langchain.messages import (
     without_raw,
     without_raw_keys,
 )
-from aligner_integrations.langchain.options import CorrectionOptions
 from aligner_integrations.langchain.updates import RunSegment, TextUpdate
+from aligner_integrations.options import CorrectionOptions
 from aligner_integrations.stream import StreamCorrector
 
 Update: TypeAlias = RunSegment | TextUpdate

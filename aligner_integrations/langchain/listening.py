@@ -19,10 +19,10 @@ from aligner_integrations.aligner import Aligner
 from aligner_integrations.errors import AlignerError
 from aligner_integrations.langchain.heard import HeardAnswer, Update
 from aligner_integrations.langchain.jobs import Steps
-from aligner_integrations.langchain.options import CorrectionOptions
 from aligner_integrations.langchain.outlet import Outlet
 from aligner_integrations.langchain.question import question_text
 from aligner_integrations.langchain.upstream import as_chunk
+from aligner_integrations.options import CorrectionOptions
 from aligner_integrations.resilience import WITHHELD_TEXT, OnError
 
 Mode: TypeAlias = Literal["hold", "optimistic"]

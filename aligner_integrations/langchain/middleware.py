@@ -35,7 +35,7 @@ from langchain_core.runnables import RunnableBinding
 from aligner_integrations.aligner import Aligner
 from aligner_integrations.correction import Segment
 from aligner_integrations.langchain.chat_model import AlignedChatModel
-from aligner_integrations.langchain.options import CorrectionOptions
+from aligner_integrations.options import CorrectionOptions
 from aligner_integrations.resilience import WITHHELD_TEXT, OnError
 
 logger = logging.getLogger(__name__)

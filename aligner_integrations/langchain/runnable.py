@@ -24,9 +24,9 @@ from aligner_integrations.langchain.answers import (
 )
 from aligner_integrations.langchain.jobs import Steps, apart, arun, inside, run
 from aligner_integrations.langchain.messages import correct_message, correct_text
-from aligner_integrations.langchain.options import CorrectionOptions, check_aligner
 from aligner_integrations.langchain.question import find_question, question_text
 from aligner_integrations.langchain.sources import AsyncSource, Source, aclose, close
+from aligner_integrations.options import CorrectionOptions, check_aligner
 from aligner_integrations.resilience import WITHHELD_TEXT, OnError
 from aligner_integrations.stream import StreamCorrector
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,7 +13,7 @@ import onnxruntime as ort
 import pytest
 
 from aligner_integrations.backends import BACKENDS, load_backend
-from aligner_integrations.backends.base import Backend, KVCache, Logits
+from aligner_integrations.backends.base import Backend, KVCache, Logits, SideBySide
 from aligner_integrations.backends.onnx import OnnxBackend, available_cores
 from aligner_integrations.errors import ModelLoadError
 from tests.models_for_tests import fused_model, onnx_model
@@ -281,6 +282,60 @@ print("onnxruntime" in sys.modules)
         env={**os.environ, "PYTHONPATH": "."},
     )
     assert done.stdout.strip() == "False"
+
+
+# --- many texts side by side
+
+
+@pytest.fixture
+def cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aligner_integrations.backends.onnx.available_cores", lambda: 4)
+
+
+@pytest.mark.parametrize("model", [onnx_model, fused_model])
+def test_a_batch_runs_on_one_thread_a_text_with_the_same_logits(cores: None, model: Any) -> None:
+    whole = OnnxBackend.load(model(0), provider="cpu")
+    assert isinstance(whole, SideBySide)
+    side, workers = whole.for_batches()
+    assert workers == 4
+    assert (side.name, side.provider) == (whole.name, whole.provider)
+    assert side._session.get_session_options().intra_op_num_threads == 1
+    np.testing.assert_allclose(run(side, IDS), run(whole, IDS), atol=1e-4)
+    with ThreadPoolExecutor(8) as pool:  # made once, whoever asks
+        assert {id(pool.submit(whole.for_batches).result()[0]) for _ in range(8)} == {id(side)}
+
+
+def test_threads_that_were_asked_for_are_the_share_of_a_batch(cores: None) -> None:
+    assert OnnxBackend.load(onnx_model(0), provider="cpu", threads=2).for_batches()[1] == 2
+    alone = OnnxBackend.load(onnx_model(0), provider="cpu", threads=1)
+    assert alone.for_batches() == (alone, 1)
+
+
+def test_on_one_core_nothing_runs_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aligner_integrations.backends.onnx.available_cores", lambda: 1)
+    backend = OnnxBackend.load(onnx_model(0), provider="cpu")
+    assert backend.for_batches() == (backend, 1)
+
+
+def test_a_large_model_is_not_held_twice(cores: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = OnnxBackend.load(onnx_model(0), provider="cpu")
+    size = (onnx_model(0) / "model.onnx").stat().st_size
+    monkeypatch.setattr("aligner_integrations.backends.onnx._SMALL_MODEL", size - 1)
+    assert backend.for_batches() == (backend, 1)
+    monkeypatch.setattr("aligner_integrations.backends.onnx._SMALL_MODEL", size)
+    assert backend.for_batches()[1] == 4
+
+
+def test_another_model_in_the_folder_is_not_taken_for_this_one(cores: None, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes((onnx_model(0) / "model.onnx").read_bytes())
+    backend = OnnxBackend.load(tmp_path, provider="cpu")
+    os.utime(path, (1, 1))
+    assert backend.for_batches() == (backend, 1)
+    path.unlink()
+    assert backend.for_batches() == (backend, 1)
+    bare = OnnxBackend(ort.InferenceSession(onnx_model(0) / "model.onnx"), provider="CPUExecutionProvider")
+    assert bare.for_batches() == (bare, 1)
 
 
 def test_cores_are_those_of_this_process() -> None:

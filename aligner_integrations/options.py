@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -11,6 +11,15 @@ from aligner_integrations.aligner import Aligner
 from aligner_integrations.correction import Segment
 from aligner_integrations.resilience import WITHHELD_TEXT, ErrorPolicy, OnError
 from aligner_integrations.stream import StreamCorrector
+
+# By these a caller asks a provider for structured output; what comes is data, not prose.
+_STRUCTURED = (
+    *("response_format", "response_schema", "response_json_schema", "response_mime_type"),
+    *("output_format", "format"),
+)
+_HOLDS_FORMAT = ("text", "output_config")  # under `format`
+_HOLDS_OPTIONS = ("model_kwargs", "extra_body", "additional_kwargs")
+_PLAIN = ("text", "text/plain")
 
 _loading = threading.Lock()
 _bundled: list[Aligner] = []
@@ -51,13 +60,17 @@ class CorrectionOptions:
         """Return the options by name, to hand them on."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
+    def load(self) -> Aligner:
+        """Return the aligner with its margin; the bundled one is loaded on first use."""
+        aligner = self.aligner or load_bundled()
+        if self.edit_margin is None:
+            return aligner
+        decode = replace(aligner.decode_config, edit_margin=self.edit_margin)
+        return aligner.with_options(decode=decode)
+
     def open(self, question: str, sink: Callable[[Segment], None] | None = None) -> StreamCorrector:
         """Return a corrector for one answer to `question`."""
-        aligner = self.aligner or load_bundled()
-        if self.edit_margin is not None:
-            decode = replace(aligner.decode_config, edit_margin=self.edit_margin)
-            aligner = aligner.with_options(decode=decode)
-        return aligner.stream(
+        return self.load().stream(
             question,
             feedback=self.feedback,
             on_error=self.on_error,
@@ -77,3 +90,14 @@ def check_aligner(aligner: object) -> None:
             f"aligner must be an Aligner or None, got {type(aligner).__name__}; "
             "Aligner.from_pretrained(...) loads one"
         )
+
+
+def is_structured(model: object, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call's options, or the model's own, ask for structured output."""
+    given = {name: getattr(model, name, None) for name in _STRUCTURED}
+    for more in (*(getattr(model, name, None) for name in _HOLDS_OPTIONS), kwargs):
+        given |= more if isinstance(more, Mapping) else {}
+    asked = [given.get(name) for name in _STRUCTURED]
+    holders = [given.get(name) for name in _HOLDS_FORMAT]
+    asked += [each.get("format") for each in holders if isinstance(each, Mapping)]
+    return any(each and each not in _PLAIN and each != {"type": "text"} for each in asked)
