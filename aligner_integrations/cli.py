@@ -129,6 +129,7 @@ def bench(
     adapters: Annotated[
         bool, typer.Option("--adapters", help="Time the LangChain adapters instead.")
     ] = False,
+    batch: Annotated[bool, typer.Option("--batch", help="Time a batch beside one by one instead.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Time guided decoding beside plain greedy decoding and one prefill, on the same session."""
@@ -141,9 +142,11 @@ def bench(
         else:
             _show_report({"what an adapter adds, its aligner doing nothing": as_rows(costs)})
         return
+    from aligner_integrations.evaluation.batches import run_batch_bench
     from aligner_integrations.evaluation.bench import run_bench
 
-    report = run_bench(model or BUNDLED_MODEL, rounds=rounds, provider=provider)
+    run = run_batch_bench if batch else run_bench
+    report = run(model or BUNDLED_MODEL, rounds=rounds, provider=provider)
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
         return

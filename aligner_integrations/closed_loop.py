@@ -80,9 +80,12 @@ class ClosedLoop:
         """End the answer; return what is left of it as it came, uncorrected."""
         return self._corrector.release()
 
-    def end(self) -> bool:
-        """Take it that upstream has ended; return whether anything waits for `step`."""
-        self._ended = True
+    def end(self, *, last: bool = True) -> bool:
+        """Take it that upstream has ended; return whether anything waits for `step`.
+
+        Without `last` it has not: what it writes now is no prose, but follows from what was.
+        """
+        self._ended = last
         if joint := self._join():
             self._corrector.feed(joint)
         self._corrector.end()

@@ -293,7 +293,7 @@ def test_the_first_pair_that_fails_raises_whichever_fails_first() -> None:
         later.clear()
         with pytest.raises(CorrectionFailedError, match="Early boom"):
             aligner.correct_batch([("Q", "Early boom."), ("Q", "Later boom."), ("Q", "One more boom.")])
-    # Texts of a question are corrected one after the other, whatever lies between them, so the third pair fails before the second.
+    # Texts of a question are corrected one after the other, so the third pair fails before the second.
     for workers in (1, 2):
         with pytest.raises(CorrectionFailedError, match="Second boom"):
             scripted(failing, workers=workers).correct_batch(

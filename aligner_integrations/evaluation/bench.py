@@ -162,7 +162,7 @@ def run_bench(
                 samples.setdefault(name, []).append(seconds)
     names = [*ways, f"sentence {_EARLY}", f"sentence {_LATE}"]
     return BenchReport(
-        setting=_setting(backend, folder, rounds=rounds, answer_tokens=answer_tokens, seed=seed),
+        setting=describe(backend, folder, rounds=rounds, answer_tokens=answer_tokens, seed=seed),
         timings=tuple(_timing(name, samples[name], costs[name]) for name in names),
         ratios=_ratios(samples, seed),
     )
@@ -276,7 +276,8 @@ def bootstrap_ratio(
     return float(np.median(a) / np.median(b)), low, high
 
 
-def _setting(backend: Backend, folder: str | os.PathLike[str], **chosen: int) -> dict[str, str | int]:
+def describe(backend: Backend, folder: str | os.PathLike[str], **chosen: int) -> dict[str, str | int]:
+    """Return what was measured, on what: model, versions and machine, and what was `chosen`."""
     import onnxruntime  # loaded already; here for its version alone
 
     return {

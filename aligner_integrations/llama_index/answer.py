@@ -163,7 +163,9 @@ class LLMAnswer(Generic[R]):
 
     def _begin_text(self) -> None:
         self._texts[-1].end()
-        self._texts.append(self._open())
+        text = self._open()
+        text.restarts = self._texts[-1].restarts  # those that are left are for the whole answer
+        self._texts.append(text)
         self._shown.append("")
         self._raw = ""
         if self._calling and not self._thoughts:

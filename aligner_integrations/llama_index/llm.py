@@ -14,7 +14,7 @@ from llama_index.core.base.llms.types import (
     LLMMetadata,
     MessageRole,
 )
-from llama_index.core.bridge.pydantic import ConfigDict, Field, SerializeAsAny
+from llama_index.core.bridge.pydantic import Field, SerializeAsAny
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.function_calling import FunctionCallingLLM
@@ -28,7 +28,8 @@ from aligner_integrations.aligner import Aligner
 from aligner_integrations.llama_index.answer import LLMAnswer
 from aligner_integrations.llama_index.instrumentation import CorrectionSpan
 from aligner_integrations.llama_index.parts import Protocol, protocol_of
-from aligner_integrations.llama_index.question import asking, is_parsed, question_of
+from aligner_integrations.llama_index.question import asking, is_parsed, is_prompted, question_of
+from aligner_integrations.llama_index.stored import StoresOptions
 from aligner_integrations.llama_index.text import AnswerText, Sink
 from aligner_integrations.llama_index.upstream import (
     Call,
@@ -49,7 +50,7 @@ _TAKEN_OVER = (
 )
 
 
-class AlignedLLM(FunctionCallingLLM):
+class AlignedLLM(StoresOptions, FunctionCallingLLM):
     """Wraps any LLM: completion, chat or function calling. Chat engines and agents get corrected text only.
 
     Deltas, the text so far in every response of a stream, what chat engines store and what agents stream
@@ -85,10 +86,7 @@ class AlignedLLM(FunctionCallingLLM):
         ValueError: `loop` is `"closed"` and the LLM cannot continue from a prefix.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     llm: SerializeAsAny[LLM]
-    aligner: Aligner | None = Field(default=None, exclude=True)
     loop: Literal["open", "closed"] = "open"
     prefill: bool = False
     on_error: OnError = "raise"
@@ -143,13 +141,6 @@ class AlignedLLM(FunctionCallingLLM):
     @classmethod
     def class_name(cls) -> str:
         return "AlignedLLM"
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self.aligner is not None:  # LlamaIndex would leave it out, and the bundled one take its place
-            raise TypeError(
-                "an AlignedLLM with an aligner of its own cannot be pickled; make it where it runs"
-            )
-        return super().__getstate__()
 
     @property
     def metadata(self) -> LLMMetadata:
@@ -295,7 +286,7 @@ class AlignedLLM(FunctionCallingLLM):
 
     def _chat(self, messages: Sequence[ChatMessage], kwargs: dict[str, Any]) -> Call[ChatResponse]:
         closed = self.loop == "closed"
-        protocol = protocol_of(messages)
+        protocol = None if is_prompted() else protocol_of(messages)
         answer = self._answer(messages, kwargs, protocol=protocol, closed=closed)
         return chat_call(self.llm, answer, messages, kwargs, closed=closed)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any
 
-from llama_index.core.bridge.pydantic import ConfigDict, Field
+from llama_index.core.bridge.pydantic import Field
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import BaseNode, ImageNode, Node, NodeWithScore, QueryBundle, TextNode
 
@@ -12,13 +12,14 @@ from aligner_integrations.aligner import Aligner, has_words
 from aligner_integrations.correction import Correction
 from aligner_integrations.errors import QuestionNotFoundError
 from aligner_integrations.llama_index.instrumentation import CorrectionSpan
+from aligner_integrations.llama_index.stored import StoresOptions
 from aligner_integrations.options import CorrectionOptions
 from aligner_integrations.resilience import WITHHELD_TEXT, OnError
 
 ORIGINAL_KEY = "aligner_original"
 
 
-class AlignerPostprocessor(BaseNodePostprocessor):
+class AlignerPostprocessor(StoresOptions, BaseNodePostprocessor):
     """Corrects the text of retrieved nodes against the query, all nodes in one batch.
 
     What the index holds is never touched: a node whose text changes is a copy, with its id, score,
@@ -37,9 +38,6 @@ class AlignerPostprocessor(BaseNodePostprocessor):
         edit_margin: Overrides the model's own margin, in logits.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
-    aligner: Aligner | None = Field(default=None, exclude=True)
     on_error: OnError = "raise"
     withheld_text: str = WITHHELD_TEXT
     feedback: str = ""
@@ -56,7 +54,7 @@ class AlignerPostprocessor(BaseNodePostprocessor):
         **more: Any,
     ) -> None:
         more.pop("class_name", None)  # LlamaIndex writes it into every dump
-        super().__init__(  # type: ignore[call-arg]
+        super().__init__(
             aligner=aligner,
             on_error=on_error,
             withheld_text=withheld_text,
@@ -69,34 +67,6 @@ class AlignerPostprocessor(BaseNodePostprocessor):
     @classmethod
     def class_name(cls) -> str:
         return "AlignerPostprocessor"
-
-    def to_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """Return the options; of an aligner of your own only what tells it from others."""
-        data = super().to_dict(**kwargs)
-        return data if self.aligner is None else data | {"aligner_source": self.aligner.source}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> Self:
-        """Make one from what `to_dict` gave.
-
-        Raises:
-            ValueError: it corrected with an aligner of your own, and `aligner=` is not given.
-        """
-        data = dict(data)
-        if data.pop("aligner_source", None) is not None and kwargs.get("aligner") is None:
-            raise ValueError(
-                "this AlignerPostprocessor had an aligner of its own, which is not stored; give "
-                "from_dict(data, aligner=Aligner.from_pretrained(...))"
-            )
-        return super().from_dict(data, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self.aligner is not None:  # LlamaIndex would leave it out, and the bundled one take its place
-            raise TypeError(
-                "an AlignerPostprocessor with an aligner of its own cannot be pickled; take to_dict() and "
-                "from_dict(data, aligner=Aligner.from_pretrained(...))"
-            )
-        return super().__getstate__()
 
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None

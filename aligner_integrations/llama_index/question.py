@@ -14,7 +14,7 @@ from aligner_integrations.errors import QuestionNotFoundError
 
 # Of the prompt of LlamaIndex that the LLM answers now, if it is one.
 _asked: ContextVar[str | None] = ContextVar("aligner_asked", default=None)
-_is_parsed: ContextVar[bool] = ContextVar("aligner_is_parsed", default=False)
+_is_parsed: ContextVar[bool | None] = ContextVar("aligner_is_parsed", default=None)  # None: no prompt
 _QUERY_NAMES = ("query_str", "question", "query")
 
 
@@ -37,7 +37,12 @@ def asking(prompt: BasePromptTemplate, prompt_args: Mapping[str, Any], *, parsed
 
 def is_parsed() -> bool:
     """Whether the prompt that is answered now has its answer parsed."""
-    return _is_parsed.get()
+    return bool(_is_parsed.get())
+
+
+def is_prompted() -> bool:
+    """Whether a prompt is answered now: what engines retrieve stands in it, and agents ask without one."""
+    return _is_parsed.get() is not None
 
 
 def question_of(asked: str | Sequence[ChatMessage]) -> str:

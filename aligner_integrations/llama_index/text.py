@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import aclosing
 from typing import Literal, TypeAlias
 
-from aligner_integrations.closed_loop import ClosedLoop
+from aligner_integrations.closed_loop import MAX_RESTARTS, ClosedLoop
 from aligner_integrations.correction import Segment
 from aligner_integrations.llama_index.instrumentation import CorrectionSpan
 from aligner_integrations.llama_index.parts import PartKind, PartReader, Protocol
@@ -44,6 +44,7 @@ class AnswerText:
         self._sink = sink
         self._thoughts = thoughts
         self._closed = closed
+        self.restarts = MAX_RESTARTS  # that are left
         self._reader = PartReader(protocol)
         self._left = False
         self._corrector: StreamCorrector | ClosedLoop | None = None
@@ -84,6 +85,7 @@ class AnswerText:
         """Go on after `shown`, which ends with the sentence that made the text stale."""
         self._parts.clear()
         self._reader.rewind(shown)
+        self.restarts -= 1
         assert isinstance(self._corrector, ClosedLoop)
         self._corrector.restart()
 
@@ -100,7 +102,7 @@ class AnswerText:
             self._open().feed(part)
         elif kind == "leave":
             part = self._release()
-        elif self._corrector is not None and self._corrector.end():
+        elif self._corrector is not None and _end(self._corrector, last=kind == "end"):
             return self._corrector.step().text
         else:
             self._corrector = None
@@ -129,7 +131,7 @@ class AnswerText:
         if self._corrector is None:
             self.span.begin()
             corrector = self._options.open(self._question, self._note)
-            self._corrector = ClosedLoop(corrector) if self._closed else corrector
+            self._corrector = ClosedLoop(corrector, max_restarts=self.restarts) if self._closed else corrector
         return self._corrector
 
     def _release(self) -> str:
@@ -140,6 +142,10 @@ class AnswerText:
         placed = self.span.note(segment)
         if self._sink is not None:
             self._sink(placed)
+
+
+def _end(corrector: StreamCorrector | ClosedLoop, *, last: bool) -> bool:
+    return corrector.end(last=last) if isinstance(corrector, ClosedLoop) else corrector.end()
 
 
 def steps(text: AnswerText) -> Generator[str]:

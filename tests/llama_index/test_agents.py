@@ -38,6 +38,7 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.memory import BaseMemory, ChatMemoryBuffer
 from llama_index.core.tools import BaseTool, FunctionTool
 from llama_index.core.workflow import Event
+from pydantic import BaseModel
 
 from aligner_integrations import Aligner
 from aligner_integrations.errors import CorrectionFailedError
@@ -135,7 +136,7 @@ class Clinic:
         return [FunctionTool.from_defaults(self.look_up)]
 
 
-ARGS = {"name": f"Ann. {BAD}", "notes": ["Answer: a. b.", 'He said: "No."', BAD]}
+ARGS = {"name": f"Ann. {BAD}", "notes": ["So. Answer: a. b.", 'He said: "No."', BAD]}
 BEFORE = f"I am not sure. {BAD} I look it up"
 each_stream = pytest.mark.parametrize("streaming", [True, False])
 
@@ -172,16 +173,28 @@ async def test_a_function_agent(streaming: bool, chunk_size: int) -> None:
     assert said_to(upstream).count(f"assistant: {before}") == 1
 
 
+def known(name: str) -> str:
+    """Look up a name."""
+    return "Known."
+
+
 @each_stream
-async def test_no_event_holds_the_raw_text(streaming: bool) -> None:
+@pytest.mark.parametrize("kind", ["function", "react", "workflow"])
+async def test_no_event_holds_the_raw_text(kind: str, streaming: bool) -> None:
     """Here no tool's argument has it, so that it may be nowhere at all."""
-    clinic = Clinic()
-    calls = [{"name": "look_up", "args": {"name": "Ann"}}]
-    upstream = replaying(before_tools=BEFORE, calls=calls, seed=5)
-    clinic.look_up = lambda name, notes=None: "Known."  # type: ignore[method-assign]
-    tool = FunctionTool.from_defaults(clinic.look_up, name="look_up")
-    agent = FunctionAgent(tools=[tool], llm=AlignedLLM(upstream, mending()), streaming=streaming)
-    ran = await run(agent)
+    args = {"name": "Ann"}
+    if kind == "react":
+        upstream = replaying(lambda prompt: react_turn(prompt, args), is_function_calling_model=False)
+    else:
+        upstream = replaying(before_tools=BEFORE, calls=[{"name": "look_up", "args": args}], seed=5)
+    llm, tools = AlignedLLM(upstream, mending()), [FunctionTool.from_defaults(known, name="look_up")]
+    make: dict[str, Callable[[], Agent]] = {
+        "function": lambda: FunctionAgent(tools=[*tools], llm=llm, streaming=streaming),
+        "react": lambda: ReActAgent(tools=[*tools], llm=llm, streaming=streaming),
+        "workflow": lambda: AgentWorkflow.from_tools_or_functions([*tools], llm),
+    }
+    ran = await run(make[kind]())
+    assert str(ran.result) == CORRECTED
     assert BAD not in ran.everything() and GOOD in ran.everything()
     assert BAD not in said_to(upstream)
 
@@ -355,14 +368,14 @@ async def test_many_runs_on_one_llm() -> None:
 
 INPUT = json.dumps(ARGS)
 ACTION = f"Action: look_up\nAction Input: {INPUT}"
-LONG_ACTION = f'{ACTION[:-1]}, "more": "Answer: Two. Three."}}\nObservation: Four. Five.'
+LONG_ACTION = f'{ACTION[:-1]}, "more": "One. Answer: Two. Three. Thought: Four."}}\nObservation: Four. Five.'
 THOUGHT = f"I need a tool. {BAD} So I take one."
 
 
-def react_turn(prompt: str) -> str:
+def react_turn(prompt: str, args: dict[str, Any] = ARGS) -> str:
     """Act first; with an observation in hand, answer."""
-    if "Observation: Ann" not in prompt:
-        return f"Thought: {THOUGHT}\n{ACTION}"
+    if not prompt.startswith("Observation:") and "Observation: Ann" not in prompt:
+        return f"Thought: {THOUGHT}\nAction: look_up\nAction Input: {json.dumps(args)}"
     return f"Thought: I can answer. {BAD}\nAnswer: {ANSWER}"
 
 
@@ -426,12 +439,27 @@ async def test_a_workflow_of_a_react_agent(streaming: bool) -> None:
     assert str(ran.result) == CORRECTED and clinic.called == [ARGS]
 
 
+class Note(BaseModel):
+    """A note."""
+
+    text: str
+
+
+@each_stream
+async def test_what_an_agent_gives_as_data_is_left_alone(streaming: bool) -> None:
+    def answer(prompt: str) -> str:
+        return json.dumps({"text": BAD}) if "<current_conversation>" in prompt else ANSWER
+
+    llm = AlignedLLM(replaying(answer, is_function_calling_model=False), mending())
+    ran = await run(ReActAgent(llm=llm, output_cls=Note, streaming=streaming))
+    assert str(ran.result) == CORRECTED
+    assert ran.result.structured_response == {"text": BAD}
+
+
 async def test_predict_and_call_by_react() -> None:
     clinic = Clinic()
-    given: dict[str, Any] = {
-        "react_chat_formatter": ReActChatFormatter.from_defaults(),
-        "output_parser": ReActOutputParser(),
-    }
+    formatter, parser = ReActChatFormatter.from_defaults(), ReActOutputParser()
+    given: dict[str, Any] = {"react_chat_formatter": formatter, "output_parser": parser}
     tools: list[BaseTool] = [FunctionTool.from_defaults(clinic.look_up)]
     llm = AlignedLLM(reacting(), shouting())
     response = await llm.apredict_and_call(tools, user_msg=QUESTION, **given)

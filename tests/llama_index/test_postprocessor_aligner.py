@@ -366,15 +366,15 @@ def test_the_question_is_the_querys() -> None:
 
 
 def test_each_node_is_a_text_of_its_own() -> None:
-    prefixes: list[str] = []
+    seen: list[tuple[str, str]] = []
 
     def rule(question: str, prefix: str, sentence: str) -> str:
-        prefixes.append(prefix)
+        seen.append((prefix, sentence))
         return sentence
 
     nodes = scored(TextNode(text="One. Two."), TextNode(text="Three. Four."))
     AlignerPostprocessor(scripted_aligner(rule)).postprocess_nodes(nodes, query_str=QUESTION)
-    assert prefixes == ["", "One.", "", "Three."]
+    assert sorted(seen) == [("", "One."), ("", "Three."), ("One.", "Two."), ("Three.", "Four.")]
 
 
 async def test_without_a_question_it_says_so() -> None:
@@ -975,8 +975,10 @@ def tokens_run(ends: list[CorrectionEnd]) -> int:
     return sum(each.prompt_tokens - each.cached_tokens for each in stats)
 
 
-def test_a_batch_runs_fewer_tokens_than_one_by_one(corpus: Corpus) -> None:
-    aligner = AlignerPostprocessor(Aligner.from_pretrained())
+def test_a_batch_runs_fewer_tokens_than_one_by_one(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aligner_integrations.backends.onnx.available_cores", lambda: 2)
+    bundled = Aligner.from_pretrained()
+    aligner = AlignerPostprocessor(bundled)
     question = "What are the treatments for this condition, and what may go wrong with each of them?"
     nodes = corpus.nodes[:40]
     with recorded_ends() as batch:
@@ -985,9 +987,9 @@ def test_a_batch_runs_fewer_tokens_than_one_by_one(corpus: Corpus) -> None:
         apart = [aligner.postprocess_nodes([node], query_str=question)[0] for node in nodes]
     assert dumped(together) == dumped(apart)
     assert len(batch) == len(single) == 40
-    tokens = len(Aligner.from_pretrained().tokenizer.encode_text(question))
-    # The question is run once by each worker, not once for each node.
-    assert tokens_run(single) - tokens_run(batch) >= 20 * tokens
+    tokens = len(bundled.tokenizer.encode_text(question))
+    # The question is run once by each of two workers, not once for each node.
+    assert tokens_run(single) - tokens_run(batch) >= 38 * tokens
 
 
 def test_all_nodes_go_to_the_aligner_in_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
