@@ -16,13 +16,13 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField, RunnableConfig, RunnableLambda, RunnablePassthrough
 
 from aligner_integrations import Aligner
+from aligner_integrations import options as options_module
 from aligner_integrations.errors import (
     CorrectionFailedError,
     MissingDependencyError,
     QuestionNotFoundError,
 )
 from aligner_integrations.langchain import AlignerRunnable
-from aligner_integrations.langchain import options as options_module
 from aligner_integrations.testing import scripted_aligner
 from tests.langchain.forms import FORMS, ask, model, run, shout, tell, text_of
 
