@@ -95,7 +95,9 @@ def check_aligner(aligner: object) -> None:
 def is_structured(model: object, kwargs: Mapping[str, Any]) -> bool:
     """Whether a call's options, or the model's own, ask for structured output."""
     given = {name: getattr(model, name, None) for name in _STRUCTURED}
-    for more in (*(getattr(model, name, None) for name in _HOLDS_OPTIONS), kwargs):
+    models = (getattr(model, name, None) for name in _HOLDS_OPTIONS)
+    calls = (kwargs.get(name) for name in _HOLDS_OPTIONS)
+    for more in (*models, kwargs, *calls):
         given |= more if isinstance(more, Mapping) else {}
     asked = [given.get(name) for name in _STRUCTURED]
     holders = [given.get(name) for name in _HOLDS_FORMAT]
