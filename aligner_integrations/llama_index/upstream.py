@@ -212,16 +212,18 @@ def completion_call(
 
 
 def tools_call(
-    llm: LLM, answer: LLMAnswer[ChatResponse] | None, tools: Sequence[BaseTool], kwargs: dict[str, Any]
+    llm: FunctionCallingLLM,
+    answer: LLMAnswer[ChatResponse] | None,
+    tools: Sequence[BaseTool],
+    kwargs: dict[str, Any],
 ) -> Call[ChatResponse]:
     """Return a call that may use `tools`; its loop is open, since no API continues behind a tool call."""
-    able = cast(FunctionCallingLLM, llm)
     return Call(
         answer=answer,
-        ask=partial(able.chat_with_tools, tools, **kwargs),
-        aask=partial(able.achat_with_tools, tools, **kwargs),
-        ask_stream=lambda prefix: able.stream_chat_with_tools(tools, **kwargs),
-        aask_stream=lambda prefix: able.astream_chat_with_tools(tools, **kwargs),
+        ask=partial(llm.chat_with_tools, tools, **kwargs),
+        aask=partial(llm.achat_with_tools, tools, **kwargs),
+        ask_stream=lambda prefix: llm.stream_chat_with_tools(tools, **kwargs),
+        aask_stream=lambda prefix: llm.astream_chat_with_tools(tools, **kwargs),
     )
 
 
