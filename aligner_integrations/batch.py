@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from aligner_integrations.aligner import Aligner, check_texts
-from aligner_integrations.backends.base import Backend, Ids, Logits, SideBySide
+from aligner_integrations.backends.base import Backend, Ids, Scores, SideBySide
 from aligner_integrations.correction import Correction
 from aligner_integrations.decode import PromptCache
 from aligner_integrations.finished import correct_finished
@@ -113,7 +113,7 @@ class _WorkerCache(PromptCache):
         self._batch = batch
         self.index = 0  # the pair under way
 
-    def forward(self, ids: Ids, *, last: int) -> Logits:
+    def forward(self, ids: Ids, *, last: int) -> Scores:
         if self.index >= self._batch.end:
             raise _NotWantedError
         return super().forward(ids, last=last)

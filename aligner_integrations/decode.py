@@ -20,7 +20,7 @@ from time import perf_counter
 
 import numpy as np
 
-from aligner_integrations.backends.base import Backend, Ids, Logits
+from aligner_integrations.backends.base import Backend, Batching, Ids, Logits, Row, Scores
 from aligner_integrations.config import DecodeConfig
 from aligner_integrations.correction import DecodeStats
 from aligner_integrations.draft import Alignment, common_start, next_draft_length, propose
@@ -57,16 +57,19 @@ class PromptCache:
         self._kv.trim(length)
         del self.ids[length:]
 
-    def forward(self, ids: Ids, *, last: int) -> Logits:
+    def forward(self, ids: Ids, *, last: int) -> Scores:
         """Run `ids` and append them. A forward that fails leaves the cache empty, not half written."""
         try:
-            logits = self._backend.forward(ids, self._kv, last=last)
+            if isinstance(self._backend, Batching):
+                scores = self._backend.score([Row(ids, self._kv, last)])[0]
+            else:
+                scores = Scores.of(self._backend.forward(ids, self._kv, last=last), ids)
         except BaseException:
             self._kv = self._backend.make_cache()
             self.ids = []
             raise
         self.ids.extend(ids)
-        return logits
+        return scores
 
 
 def greedy_decode(
@@ -192,7 +195,7 @@ class _Run:
         """Run forwards until end-of-text or until the room is used; return whether to keep."""
         length = len(self.reference)  # the first try is the whole reference
         if self.keep_id is not None:
-            token = self._decide(self._forward(pending, [])[0], self.keep_id)
+            token = self._decide(self._forward(pending, []).row(0), self.keep_id)
             self._emit(token)
             if token == self.keep_id:
                 return True
@@ -224,29 +227,33 @@ class _Run:
         # The last token before end-of-text already foretells it; nothing is to be run after it.
         return draft[: draft.index(self.eos_id)] if self.eos_id in draft else draft
 
-    def _forward(self, pending: Ids, draft: Ids) -> Logits:
+    def _forward(self, pending: Ids, draft: Ids) -> Scores:
         self.forwards += 1
         return self.cache.forward(pending + draft, last=len(draft) + 1)
 
-    def _verify(self, logits: Logits, draft: Ids) -> int:
+    def _verify(self, scores: Scores, draft: Ids) -> int:
         """Write tokens as far as the draft agrees and one more; return the accept length."""
-        if self.keep_id is not None:
-            logits = _without(logits, self.keep_id)
-        best = logits.argmax(axis=1).tolist()
-        for accepted, drafted in enumerate(draft):
-            token = self._choose(logits[accepted], best[accepted])
+        for place, drafted in enumerate(draft):
+            token = self._choose(scores, place, drafted)
             self._emit(token)
             if token != drafted:
-                return accepted
-        self._emit(self._choose(logits[-1], best[-1]))
+                return place
+        self._emit(self._choose(scores, len(draft), None))
         return len(draft)
 
-    def _choose(self, logits: Logits, best: int) -> int:
+    def _choose(self, scores: Scores, place: int, drafted: int | None) -> int:
         """Return the token the reference foretells if the margin lets it stay, else the best."""
+        best, best_logit = scores.best[place], scores.best_logits[place]
+        if best == self.keep_id:
+            others = _without(scores.row(place), best)
+            best = int(others.argmax())
+            best_logit = float(others[best])
         if self.draft_margin > 0:
             foretold = self.alignment.next()
-            if foretold is not None and logits[best] - logits[foretold] <= self.draft_margin:
-                return foretold
+            if foretold is not None and foretold not in (best, self.keep_id):
+                known = scores.next_logits[place] if foretold == drafted else scores.row(place)[foretold]
+                if best_logit - known <= self.draft_margin:
+                    return foretold
         return best
 
     def _emit(self, token: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -45,6 +47,58 @@ class Backend(Protocol):
         """Run `ids` after what the cache holds, append them to it, and return logits.
 
         Returns logits of shape (last, vocabulary), float32, for the last `last` of `ids`.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence's part of a forward: `ids` go after what `cache` holds, scores of the last `last` come back."""
+
+    ids: Ids
+    cache: KVCache
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What decoding asks about the last `last` places of a row, in as few numbers as it can do with.
+
+    `best` holds the id with the best logit at each place (the lowest id among equals), `best_logits` its
+    logit, and `next_logits` the logit of the id that was run after the place; all three are of length
+    `last`, the last of `next_logits` has no meaning. `row(place)` returns all logits of one place, shape
+    (vocabulary,), float32, which on an accelerator have to be fetched first.
+    """
+
+    best: Ids
+    best_logits: list[float]
+    next_logits: list[float]
+    row: Callable[[int], Logits]
+
+    @classmethod
+    def of(cls, logits: Logits, ids: Ids) -> Scores:
+        """Return the scores of `logits`, of shape (last, vocabulary), for the end of `ids`."""
+        last = len(logits)
+        places = np.arange(last)
+        best = logits.argmax(axis=1)
+        following = np.array([*ids[len(ids) - last + 1 :], 0])
+        return cls(
+            best=best.tolist(),
+            best_logits=logits[places, best].tolist(),
+            next_logits=logits[places, following].tolist(),
+            row=logits.__getitem__,
+        )
+
+
+@runtime_checkable
+class Batching(Backend, Protocol):
+    """A backend that runs many sequences in one forward, or sends back less than all logits."""
+
+    def score(self, rows: Sequence[Row]) -> list[Scores]:
+        """Run all rows, append each row's ids to its cache, and return the scores of each, in order.
+
+        Rows may differ in the lengths of ids, cache and `last`. When it raises, what the caches hold is
+        not to be relied on.
         """
         ...
 
