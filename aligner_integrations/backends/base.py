@@ -53,7 +53,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence's part of a forward: `ids` go after what `cache` holds, scores of the last `last` come back."""
+    """One sequence's part of a forward: `ids` go after what `cache` holds; scores of the last `last` return."""
 
     ids: Ids
     cache: KVCache
