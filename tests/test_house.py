@@ -40,10 +40,15 @@ FILE_BUDGETS = {
     "backends/base.py": 120,
     "backends/providers.py": 250,
     "backends/onnx.py": 400,
-    "backends/torch.py": 250,
-    "export.py": 300,
-    "llama_graph.py": 200,
-    "cli.py": 300,
+    "backends/session.py": 300,
+    "backends/gathering.py": 200,
+    "backends/torch.py": 300,
+    "model_folder.py": 350,
+    "sampling.py": 120,
+    "export.py": 350,
+    "llama_graph.py": 220,
+    "logit_graph.py": 250,
+    "cli.py": 400,
     "doctor.py": 120,
     "testing/": 350,
     "langchain/": 350,
@@ -53,18 +58,21 @@ FILE_BUDGETS = {
 }
 FUNCTION_BUDGET = 60
 # Lines of the library proper: what each framework's adapter may take, and the rest together.
-CEILINGS = {"langchain/": 3500, "llama_index/": 2000, "": 4500}
+CEILINGS = {"langchain/": 3500, "llama_index/": 2000, "": 5800}
 NOT_THE_LIBRARY_PROPER = ("training/", "evaluation/", "cli.py", "doctor.py", "testing/")
 
 # Which way imports point: a file imports from its own floor or below.
 FLOORS = {
     0: ("errors", "correction", "config", "template", "sentences", "safeguards"),
-    1: ("decode", "draft", "tokenizer", "backends.base", "resilience"),
-    2: ("backends", "backends.onnx", "backends.torch", "backends.providers", "testing", "testing.doubles"),
+    1: ("decode", "draft", "sampling", "tokenizer", "backends.base", "resilience"),
+    2: (
+        *("backends", "backends.onnx", "backends.torch", "backends.providers", "backends.session"),
+        *("backends.gathering", "model_folder", "testing", "testing.doubles"),
+    ),
     3: ("aligner", "stream", "finished", "batch", "options", "closed_loop", ""),
     4: ("langchain", "llama_index"),
     5: (
-        *("cli", "doctor", "training", "evaluation", "export", "llama_graph"),
+        *("cli", "doctor", "training", "evaluation", "export", "llama_graph", "logit_graph"),
         *("testing.conformance", "testing.surfaces", "testing.heard"),
         *("testing.listeners", "testing.shown", "testing.replay"),
         *("testing.llama_index", "testing.llama_surfaces", "testing.llama_agents"),
@@ -90,12 +98,13 @@ OWNERS = {
     "langchain": ("langchain/middleware.py",),
     "langgraph": ("langchain/middleware.py", *CONFORMANCE),
     "llama_index": ("llama_index/", *LLAMA_CONFORMANCE),
-    "onnxruntime": ("backends/onnx.py", "evaluation/"),
-    "onnx": ("export.py", "llama_graph.py", "training/", "evaluation/"),
-    "optimum": ("export.py",),
+    "onnxruntime": ("backends/onnx.py", "backends/session.py", "export.py", "evaluation/"),
+    "onnx": ("export.py", "llama_graph.py", "logit_graph.py", "training/", "evaluation/"),
+    "optimum": ("export.py", "evaluation/"),
     "torch": ("backends/torch.py", "export.py", "llama_graph.py", "training/", "evaluation/"),
-    "safetensors": ("backends/torch.py", "export.py", "training/"),
-    "transformers": ("backends/torch.py", "export.py", "training/", "evaluation/"),
+    "safetensors": ("backends/torch.py", "export.py", "llama_graph.py", "training/", "evaluation/"),
+    "transformers": ("backends/torch.py", "model_folder.py", "export.py", "training/", "evaluation/"),
+    "matplotlib": ("evaluation/",),
     "typer": ("cli.py",),
     "rich": ("cli.py", "training/", "evaluation/"),
     "pydantic": ("langchain/", "llama_index/", "testing/replay.py", "testing/replay_llm.py"),

@@ -53,7 +53,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence's part of a forward: `ids` go after what `cache` holds; scores of the last `last` return."""
+    """A sequence's part of a forward: `ids` go after what `cache` holds; the last `last` are scored."""
 
     ids: Ids
     cache: KVCache
