@@ -7,11 +7,17 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from aligner_integrations.aligner import Aligner, check_texts
-from aligner_integrations.backends.base import Backend, Ids, Scores, SideBySide
+from aligner_integrations.backends.base import Backend, Batching, Ids, Scores, SideBySide
+from aligner_integrations.backends.gathering import Gathering
 from aligner_integrations.correction import Correction
 from aligner_integrations.decode import PromptCache
 from aligner_integrations.finished import correct_finished
 from aligner_integrations.resilience import ErrorPolicy, OnError
+
+_ROWS = 16  # texts under way at a time where they share forwards; each is a thread
+# Seconds that a row's forward waits for the others at most. They come as soon as they have read their scores,
+# so this is not reached unless a thread hangs.
+_WAIT = 0.05
 
 
 def correct_batch(
@@ -26,9 +32,7 @@ def correct_batch(
     _check_pairs(pairs)
     check_texts(feedback=feedback)
     batch = _Batch(aligner, pairs, feedback, ErrorPolicy(on_error, withheld_text))
-    backend, workers = aligner.backend, 1
-    if len(pairs) > 1 and isinstance(backend, SideBySide):
-        backend, workers = backend.for_batches()
+    backend, workers = _arrange(aligner) if len(pairs) > 1 else (aligner.backend, 1)
     workers = min(workers, len(pairs))
     if workers > 1:
         batch.run(backend, workers)
@@ -37,6 +41,16 @@ def correct_batch(
     if batch.failure is not None:
         raise batch.failure
     return [batch.done[index] for index in range(len(pairs))]
+
+
+def _arrange(aligner: Aligner) -> tuple[Backend, int]:
+    """Return the backend to run a batch on, and by how many threads at a time."""
+    backend = aligner.backend
+    if isinstance(backend, Gathering):
+        return backend, _ROWS
+    if isinstance(backend, Batching) and backend.batches:
+        return Gathering(backend, wait=_WAIT, max_tokens=aligner.max_batch_tokens), _ROWS
+    return backend.for_batches() if isinstance(backend, SideBySide) else (backend, 1)
 
 
 class _Batch:

@@ -94,6 +94,11 @@ class Scores:
 class Batching(Backend, Protocol):
     """A backend that runs many sequences in one forward, or sends back less than all logits."""
 
+    @property
+    def batches(self) -> bool:
+        """Whether rows share a forward; otherwise `score` runs one after the other."""
+        ...
+
     def score(self, rows: Sequence[Row]) -> list[Scores]:
         """Run all rows, append each row's ids to its cache, and return the scores of each, in order.
 

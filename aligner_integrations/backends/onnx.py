@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -11,8 +12,8 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from aligner_integrations.backends.base import Ids, KVCache, Logits
-from aligner_integrations.backends.providers import FULL_NAMES, choose_providers, report_fallback
+from aligner_integrations.backends.base import Ids, KVCache, Logits, Row, Scores
+from aligner_integrations.backends.providers import FULL_NAMES, bucket, choose_providers, report_fallback
 from aligner_integrations.errors import MissingDependencyError, ModelLoadError, ProviderUnavailableError
 
 try:
@@ -28,113 +29,21 @@ except ModuleNotFoundError as error:
         name="onnxruntime",
     ) from error
 
-FloatArray = npt.NDArray[np.generic]
-
-_FLOAT_TYPES: dict[str, type[np.generic]] = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-}
-
+# It loads onnxruntime, so it comes after the word about a missing one.
+from aligner_integrations.backends.onnx_graph import (
+    SHARED_CACHE,
+    DecoderGraph,
+    GrowingCache,
+    OnnxCache,
+    Output,
+    SharedCache,
+)
 
 # Up to here, in bytes, a forward leaves cores idle and the weights may be held twice; above, neither holds.
 _SMALL_MODEL = 256 * 2**20
-# In a graph's metadata: it may write its keys and values into the buffers that it is given.
-SHARED_CACHE = "aligner.shared_cache"
-_LEAST_ROOM = 256  # tokens; a buffer that is too small is doubled
-
-
-@dataclass(frozen=True, slots=True)
-class CacheNames:
-    """The graph's names of keys and values, and the shape and type of an empty one."""
-
-    past: list[str]
-    present: list[str]
-    empty: list[FloatArray]
-
-
-class OnnxCache:
-    """Keys and values of one sequence, as arrays of shape (1, heads, length, head size)."""
-
-    def __init__(self, names: CacheNames) -> None:
-        self._names = names
-        self._arrays = list(names.empty)
-        self._length = 0
-
-    @property
-    def length(self) -> int:
-        """How many tokens it holds."""
-        return self._length
-
-    def trim(self, length: int) -> None:
-        """Forget all but the first `length` tokens; costs nothing until the next forward."""
-        _check_trim(length, self._length)
-        if length < self._length:
-            self._arrays = [array[:, :, :length] for array in self._arrays]
-            self._length = length
-
-    def run(self, session: ort.InferenceSession, feeds: dict[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
-        """Run the graph after what is held and hold what it returns; logits of all of the input."""
-        # The session wants contiguous arrays; they are copied only after a trim.
-        past = (np.ascontiguousarray(array) for array in self._arrays)
-        feeds = feeds | dict(zip(self._names.past, past, strict=True))
-        logits, *present = session.run(["logits", *self._names.present], feeds)
-        self._arrays = cast(list[FloatArray], present)
-        self._length = int(self._arrays[0].shape[2])
-        return cast(npt.NDArray[Any], logits)
-
-
-class SharedCache:
-    """Keys and values of one sequence in buffers with room to spare: the graph writes into them.
-
-    A forward copies nothing that was there before it, and a trim only notes the length.
-    """
-
-    def __init__(self, names: CacheNames) -> None:
-        self._names = names
-        self._buffers: list[ort.OrtValue] = []  # (1, heads, room, head size) each
-        self._room = 0
-        self._length = 0
-
-    @property
-    def length(self) -> int:
-        """How many tokens it holds."""
-        return self._length
-
-    def trim(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
-        _check_trim(length, self._length)
-        self._length = length
-
-    def run(self, session: ort.InferenceSession, feeds: dict[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
-        """Run the graph after what is held, in place; logits of all of the input."""
-        end = self._length + feeds["input_ids"].shape[1]
-        self._make_room(end)
-        binding = session.io_binding()
-        for name, array in feeds.items():
-            binding.bind_cpu_input(name, array)
-        for past, present, buffer in zip(self._names.past, self._names.present, self._buffers, strict=True):
-            binding.bind_ortvalue_input(past, buffer)
-            binding.bind_ortvalue_output(present, buffer)
-        binding.bind_output("logits")
-        session.run_with_iobinding(binding)
-        self._length = end
-        return cast(npt.NDArray[Any], binding.get_outputs()[-1].numpy())
-
-    def _make_room(self, end: int) -> None:
-        if end <= self._room:
-            return
-        self._room = max(end, 2 * self._room, _LEAST_ROOM)
-        arrays = []
-        for empty in self._names.empty:
-            arrays.append(np.zeros((1, empty.shape[1], self._room, empty.shape[3]), dtype=empty.dtype))
-        for array, old in zip(arrays, self._buffers, strict=bool(self._buffers)):
-            array[:, :, : self._length] = old.numpy()[:, :, : self._length]
-        self._buffers = [ort.OrtValue.ortvalue_from_numpy(array) for array in arrays]
-
-
-def _check_trim(length: int, held: int) -> None:
-    if not 0 <= length <= held:
-        raise ValueError(f"length must be from 0 to {held}, got {length}")
+# Tokens that go through the graph at a time. Attention written out takes heads x block x all places, and a
+# block of this length keeps both cores and an accelerator busy.
+_BLOCK = 512
 
 
 class OnnxBackend:
@@ -157,22 +66,8 @@ class OnnxBackend:
         self._threads = threads
         self._one_thread: OnnxBackend | None = None
         self._loading = threading.Lock()
-        inputs = {node.name: node for node in session.get_inputs()}
-        outputs = {node.name for node in session.get_outputs()}
-        past = [name for name in inputs if name.startswith("past_key_values.")]
-        present = [name.replace("past_key_values.", "present.") for name in past]
-        missing = ({"input_ids", "logits", *present} - inputs.keys()) - outputs
-        if missing or not past:
-            raise ModelLoadError(
-                f"model.onnx is no decoder with a cache: it lacks {sorted(missing) or 'past_key_values.*'}; "
-                "export it with the task text-generation-with-past"
-            )
-        self._names = CacheNames(past, present, [_empty_past(inputs[name]) for name in past])
-        shared = SHARED_CACHE in session.get_modelmeta().custom_metadata_map
-        # The buffers are in the machine's memory; on an accelerator they would travel both ways.
-        self._cache = SharedCache if shared and provider == FULL_NAMES["cpu"] else OnnxCache
-        self._has_mask = "attention_mask" in inputs
-        self._has_positions = "position_ids" in inputs
+        self._graph = DecoderGraph(session, device="cpu" if provider == FULL_NAMES["cpu"] else "cuda")
+        self.vocab_size = self._graph.vocab_size
 
     @classmethod
     def load(
@@ -245,22 +140,128 @@ class OnnxBackend:
                 self._one_thread = OnnxBackend.load(self._file.parent, provider="cpu", threads=1)
         return self._one_thread, workers
 
-    def make_cache(self) -> OnnxCache | SharedCache:
+    def make_cache(self) -> OnnxCache:
         """Return an empty cache."""
-        return self._cache(self._names)
+        return SharedCache(self._graph) if self._graph.shared else GrowingCache(self._graph)
 
     def forward(self, ids: Ids, cache: KVCache, *, last: int) -> Logits:
         """Run `ids` after what `cache` holds; logits of shape (last, vocabulary) for the end of `ids`."""
-        if not 1 <= last <= len(ids):
-            raise ValueError(f"last must be from 1 to {len(ids)}, got {last}")
-        own = cast(OnnxCache | SharedCache, cache)
-        end = own.length + len(ids)
-        feeds: dict[str, npt.NDArray[Any]] = {"input_ids": np.array([ids], dtype=np.int64)}
-        if self._has_mask:
-            feeds["attention_mask"] = np.ones((1, end), dtype=np.int64)
-        if self._has_positions:
-            feeds["position_ids"] = np.arange(own.length, end, dtype=np.int64)[None]
-        return own.run(self._session, feeds)[0, -last:].astype(np.float32, copy=False)
+        row = Row(ids, cache, last)
+        _check_last(row)
+        parts = self._advance(row)
+        return np.concatenate([part.output.rows(0, part.start, part.stop) for part in parts])
+
+    def score(self, rows: Sequence[Row]) -> list[Scores]:
+        """Run all rows and return the scores of each.
+
+        Rows go through the graph together where it can mask what pads them: ONNX Runtime's fused attention
+        cannot, behind a cache.
+        """
+        for row in rows:
+            _check_last(row)
+        if len(rows) > 1 and self.batches:
+            return self._advance_together(rows)
+        return [_joined(self._advance(row), row.ids) for row in rows]
+
+    @property
+    def batches(self) -> bool:
+        """Whether rows can share a forward."""
+        return self._graph.masked and not self._graph.shared
+
+    def _advance(self, row: Row) -> list[_Part]:
+        """Run one row block by block; return the parts that hold its wanted places."""
+        ids, cache, last = row.ids, cast(OnnxCache, row.cache), row.last
+        parts = []
+        for start in range(0, len(ids), _BLOCK):
+            block = ids[start : start + _BLOCK]
+            wanted = min(len(block), last - (len(ids) - start - len(block)))
+            output, first = cache.run(block, last=max(wanted, 1), width=self._width(len(block)))
+            if wanted > 0:
+                parts.append(_Part(output, first, first + wanted, start + len(block)))
+        return parts
+
+    def _width(self, length: int) -> int:
+        """Return how many places to run for `length` ids: an accelerator plans for few different ones."""
+        return length if self.provider == FULL_NAMES["cpu"] else bucket(length)
+
+    def _advance_together(self, rows: Sequence[Row]) -> list[Scores]:
+        """Run many rows in one forward: what they hold is padded in front, their ids at the end."""
+        caches = [cast(GrowingCache, row.cache) for row in rows]
+        lengths = [cache.length for cache in caches]
+        held, width = max(lengths), self._width(max(len(row.ids) for row in rows))
+        ids = np.zeros((len(rows), width), dtype=np.int64)
+        mask = np.zeros((len(rows), held + width), dtype=np.int64)
+        for at, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            ids[at, : len(row.ids)] = row.ids
+            mask[at, held - length : held + len(row.ids)] = 1
+        first = min(len(row.ids) - row.last for row in rows)
+        present = self._graph.make_buffers(len(rows), held + width)
+        output = self._graph.run(
+            ids,
+            [self._graph.put(array) for array in _stacked([cache.take() for cache in caches], held)],
+            present,
+            total=held + width,
+            first=first,
+            mask=mask,
+            positions=np.array(lengths, dtype=np.int64)[:, None] + np.arange(width, dtype=np.int64),
+        )
+        arrays = [value.numpy() for value in present]
+        scores = []
+        for at, (row, cache, length) in enumerate(zip(rows, caches, lengths, strict=True)):
+            own = slice(held - length, held + len(row.ids))
+            cache.hold([array[at : at + 1, :, own] for array in arrays])
+            start = output.kept - width + len(row.ids) - row.last
+            scores.append(output.of(at, start, start + row.last, row.ids))
+        return scores
+
+
+def _check_last(row: Row) -> None:
+    if not 1 <= row.last <= len(row.ids):
+        raise ValueError(f"last must be from 1 to {len(row.ids)}, got {row.last}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The kept places of an output from `start` to `stop`; the last of them is the `end`-th id of its row."""
+
+    output: Output
+    start: int
+    stop: int
+    end: int
+
+
+def _joined(parts: list[_Part], ids: Ids) -> Scores:
+    """Return the scores of one row's parts as those of one forward."""
+    scores = [part.output.of(0, part.start, part.stop, ids[: part.end]) for part in parts]
+    if len(scores) == 1:
+        return scores[0]
+    for part, score in zip(parts[:-1], scores[:-1], strict=True):
+        # The id after this place is in the next part, so the graph could not know it.
+        score.next_logits[-1] = float(score.row(len(score.best) - 1)[ids[part.end]])
+    places = [(score, at) for score in scores for at in range(len(score.best))]
+
+    def row(place: int) -> Logits:
+        score, at = places[place]
+        return score.row(at)
+
+    return Scores(
+        best=[token for score in scores for token in score.best],
+        best_logits=[logit for score in scores for logit in score.best_logits],
+        next_logits=[logit for score in scores for logit in score.next_logits],
+        row=row,
+    )
+
+
+def _stacked(caches: list[list[npt.NDArray[Any]]], held: int) -> list[npt.NDArray[Any]]:
+    """Return the rows' keys and values as (rows, heads, held, head size) each, padded in front with zeros."""
+    stacked = []
+    for arrays in zip(*caches, strict=True):
+        _, heads, _, size = arrays[0].shape
+        whole = np.zeros((len(arrays), heads, held, size), dtype=arrays[0].dtype)
+        for at, array in enumerate(arrays):
+            whole[at, :, held - array.shape[2] :] = array[0]
+        stacked.append(whole)
+    return stacked
 
 
 def _make_session(
@@ -290,16 +291,6 @@ def _stamp(file: Path | None) -> list[tuple[int, int]]:
     return [(stat.st_size, stat.st_mtime_ns) for stat in found]
 
 
-def _empty_past(node: Any) -> FloatArray:  # a NodeArg; onnxruntime gives no type for it
-    _, heads, _, size = node.shape if len(node.shape) == 4 else (None,) * 4
-    if not (isinstance(heads, int) and isinstance(size, int)) or node.type not in _FLOAT_TYPES:
-        raise ModelLoadError(
-            f"model.onnx: {node.name} has shape {node.shape} and type {node.type}; "
-            "needed is (batch, heads, length, head size) with fixed heads and head size, float or float16"
-        )
-    return np.zeros((1, heads, 0, size), dtype=_FLOAT_TYPES[node.type])
-
-
 def available_cores() -> int:
     """Count the physical cores that this process may use (its affinity, hyper-threads once)."""
     if not hasattr(os, "sched_getaffinity"):
@@ -312,3 +303,6 @@ def available_cores() -> int:
         except OSError:
             cores.add(str(cpu))
     return max(1, len(cores))
+
+
+__all__ = ["SHARED_CACHE", "OnnxBackend", "available_cores"]

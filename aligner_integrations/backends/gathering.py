@@ -1,0 +1,187 @@
+"""Forwards of many threads, gathered into one.
+
+Each correction decodes in its own thread, as it always does, with its own cache. Where its forwards meet
+those of others, they go through the model together: rows of a batch that have finished leave it, others
+join, and no decoding knows of any other.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import monotonic
+
+from aligner_integrations.backends.base import Backend, Batching, Ids, KVCache, Logits, Row, Scores
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """The rows that one thread wants run, and what came of them."""
+
+    rows: Sequence[Row]
+    until: float  # when it no longer waits for company
+    scores: list[Scores] | None = None
+    error: BaseException | None = None
+    taken: bool = False
+    left: bool = False  # its thread waits no longer
+
+    @property
+    def done(self) -> bool:
+        return self.scores is not None or self.error is not None
+
+    @property
+    def longest(self) -> int:
+        return max(row.cache.length + len(row.ids) for row in self.rows)
+
+
+@dataclass(slots=True)
+class _Round:
+    """What is waiting, and who may still come; guarded by `changed`."""
+
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    waiting: deque[_Request] = field(default_factory=deque)
+    members: int = 0
+    running: bool = False
+
+
+class Gathering:
+    """A backend around another: forwards that are due at the same time run as one.
+
+    A forward waits for company until every member waits too, and at most `wait` seconds. So a single
+    member never waits.
+
+    Args:
+        inner: runs the rows.
+        wait: seconds; the most that a forward waits for others.
+        max_tokens: places of one forward, padding and what the caches hold included; more rows than fit
+            run in several. A row that is longer runs alone.
+    """
+
+    batches = True
+
+    def __init__(self, inner: Batching, *, wait: float, max_tokens: int) -> None:
+        self.inner = inner
+        self._wait = wait
+        self._max_tokens = max_tokens
+        self._round = _Round()
+
+    @property
+    def name(self) -> str:
+        """The inner backend's name."""
+        return self.inner.name
+
+    @property
+    def provider(self) -> str:
+        """The inner backend's provider."""
+        return self.inner.provider
+
+    def make_cache(self) -> KVCache:
+        """Return an empty cache of the inner backend."""
+        return self.inner.make_cache()
+
+    def forward(self, ids: Ids, cache: KVCache, *, last: int) -> Logits:
+        """Run `ids` at once, without company; logits of shape (last, vocabulary)."""
+        return self.inner.forward(ids, cache, last=last)
+
+    @contextmanager
+    def taking_part(self) -> Iterator[None]:
+        """Be a member: one whose next forward the others may wait for."""
+        with self._round.changed:
+            self._round.members += 1
+        try:
+            yield
+        finally:
+            with self._round.changed:
+                self._round.members -= 1
+                self._round.changed.notify_all()
+
+    def score(self, rows: Sequence[Row]) -> list[Scores]:
+        """Run the rows with those of other threads; see `Batching.score`."""
+        request = _Request(rows, monotonic() + self._wait)
+        round_ = self._round
+        try:
+            while not request.done:
+                with round_.changed:
+                    if not request.taken and request not in round_.waiting:
+                        round_.waiting.append(request)
+                        round_.changed.notify_all()
+                    batch = self._next_batch(request)
+                if batch:
+                    self._run(batch)
+        finally:
+            with round_.changed:
+                request.left = True
+                if request in round_.waiting:  # interrupted
+                    round_.waiting.remove(request)
+        if request.error is not None:
+            raise request.error
+        assert request.scores is not None
+        return request.scores
+
+    def _next_batch(self, request: _Request) -> list[_Request]:
+        """Wait until `request` is done, or until its thread is the one to run; return what to run."""
+        round_ = self._round
+        while not request.done:
+            now = monotonic()
+            first = round_.waiting[0].until if round_.waiting else now
+            due = len(round_.waiting) >= round_.members or now >= first
+            if not round_.running and round_.waiting and due:
+                round_.running = True
+                return self._take()
+            round_.changed.wait(None if round_.running else max(first - now, 0.0))
+        return []
+
+    def _take(self) -> list[_Request]:
+        """Take as many of the waiting as fit one forward, the oldest first."""
+        batch = [self._round.waiting.popleft()]
+        while self._round.waiting:
+            wider = [*batch, self._round.waiting[0]]
+            places = sum(len(each.rows) for each in wider) * max(each.longest for each in wider)
+            if places > self._max_tokens:
+                break
+            batch.append(self._round.waiting.popleft())
+        for each in batch:
+            each.taken = True
+        return batch
+
+    def _run(self, batch: list[_Request]) -> None:
+        error: BaseException = RuntimeError("a forward that was shared with another thread was interrupted")
+        scores: list[Scores] = []
+        try:
+            scores = self.inner.score([row for each in batch for row in each.rows])
+        except Exception as raised:
+            error = raised
+        finally:
+            with self._round.changed:
+                self._round.running = False
+                given = iter(scores)
+                for each in batch:
+                    if scores:
+                        each.scores = [next(given) for _ in each.rows]
+                    else:
+                        each.error = error
+                self._round.changed.notify_all()
+
+
+def gathered(backend: Backend, *, wait_ms: float, max_tokens: int) -> Backend:
+    """Return `backend` so that its forwards wait up to `wait_ms` for company; 0 leaves it as it is."""
+    if wait_ms <= 0 or isinstance(backend, Gathering):
+        return backend
+    if isinstance(backend, Batching) and backend.batches:
+        return Gathering(backend, wait=wait_ms / 1000, max_tokens=max_tokens)
+    logger.warning(
+        "micro_batch_ms=%g was asked for, but rows of this model cannot share a forward on backend %r; "
+        "each stream runs its own (export the model with attention='plain', or use backend='torch')",
+        wait_ms,
+        backend.name,
+    )
+    return backend
+
+
+__all__ = ["Gathering", "gathered"]
