@@ -5,19 +5,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 
 from aligner_integrations.aligner import Aligner, check_texts
 from aligner_integrations.backends.base import Backend, Batching, Ids, Scores, SideBySide
-from aligner_integrations.backends.gathering import Gathering
+from aligner_integrations.backends.gathering import Gathering, Lanes, together
 from aligner_integrations.correction import Correction
 from aligner_integrations.decode import PromptCache
 from aligner_integrations.finished import correct_finished
 from aligner_integrations.resilience import ErrorPolicy, OnError
 
 _ROWS = 16  # texts under way at a time where they share forwards; each is a thread
-# Seconds that a row's forward waits for the others at most. They come as soon as they have read their scores,
-# so this is not reached unless a thread hangs.
-_WAIT = 0.05
+# A row's forward waits for the others so long at most. They come as soon as they have read their scores, so
+# it is not reached unless a thread hangs.
+_WAIT_MS = 50.0
 
 
 def correct_batch(
@@ -43,14 +44,22 @@ def correct_batch(
     return [batch.done[index] for index in range(len(pairs))]
 
 
+def shared(aligner: Aligner) -> Aligner:
+    """Return the aligner for corrections in many threads: they share forwards, or else have a core each."""
+    same = copy(aligner)
+    same.backend = together(aligner.backend, wait_ms=_WAIT_MS, max_tokens=aligner.max_batch_tokens)
+    return same
+
+
 def _arrange(aligner: Aligner) -> tuple[Backend, int]:
     """Return the backend to run a batch on, and by how many threads at a time."""
     backend = aligner.backend
-    if isinstance(backend, Gathering):
-        return backend, _ROWS
-    if isinstance(backend, Batching) and backend.batches:
-        return Gathering(backend, wait=_WAIT, max_tokens=aligner.max_batch_tokens), _ROWS
-    return backend.for_batches() if isinstance(backend, SideBySide) else (backend, 1)
+    if isinstance(backend, Lanes):
+        backend = backend.inner
+    if isinstance(backend, SideBySide) and not (isinstance(backend, Batching) and backend.batches):
+        return backend.for_batches()
+    backend = together(backend, wait_ms=_WAIT_MS, max_tokens=aligner.max_batch_tokens)
+    return backend, _ROWS if isinstance(backend, Gathering) else 1
 
 
 class _Batch:

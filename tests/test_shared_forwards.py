@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import pytest
 
 from aligner_integrations import Aligner, DecodeConfig
 from aligner_integrations.backends.base import Batching, Ids, KVCache, Logits, Row, Scores
+from aligner_integrations.langchain import AlignerRunnable
 from tests.checkpoints import plain_onnx
 from tests.test_batch import comparable, one_by_one
 
@@ -117,8 +119,38 @@ def test_streams_in_many_threads_share_forwards_each_with_its_own_cache() -> Non
     assert with_options.backend is aligner.backend
 
 
-def test_a_model_whose_rows_cannot_share_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_streams_of_the_bundled_model_run_side_by_side_and_write_the_same() -> None:
+    """Its rows cannot share a forward; two at a time have a core each, and one alone has both."""
+    pairs = [(question, answer + " The the pond is is wet.") for question, answer in answers(6)]
+    plain, lanes = Aligner.from_pretrained(), Aligner.from_pretrained(micro_batch_ms=1.0)
+    wanted = comparable(one_by_one(plain, pairs))
+    assert comparable(one_by_one(lanes, pairs)) == wanted
+    with ThreadPoolExecutor(6) as pool:
+        assert comparable(list(pool.map(lambda pair: lanes.correct(*pair), pairs))) == wanted
+    assert comparable(lanes.correct_batch(pairs)) == wanted
+
+
+def test_a_model_whose_threads_cannot_share_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    inner = Aligner.from_pretrained(threads=1)  # one thread: nothing to put side by side
     with caplog.at_level(logging.WARNING):
-        aligner = Aligner.from_pretrained(micro_batch_ms=3.0)
+        aligner = Aligner(inner.backend, inner.tokenizer, inner.config, micro_batch_ms=3.0)
     assert [record.getMessage().split(" was")[0] for record in caplog.records] == ["micro_batch_ms=3"]
+    assert aligner.backend is inner.backend
     assert aligner.correct("How many days has a week?", "A week has seven days.").stats.forwards == 1
+
+
+@pytest.mark.parametrize("run", ["batch", "abatch"])
+def test_a_langchain_batch_shares_forwards(run: str) -> None:
+    pairs = answers(8)
+    aligner, backend = counted("aligner-v1")
+    runnable = AlignerRunnable(aligner)
+    inputs = [{"question": question, "answer": answer} for question, answer in pairs]
+    together = runnable.batch(inputs) if run == "batch" else asyncio.run(runnable.abatch(inputs))
+    assert [each["answer"] for each in together] == [
+        each.text for each in one_by_one(loaded("aligner-v1"), pairs)
+    ]
+    assert len(backend.rows) <= sum(backend.rows) / 2
+    assert runnable.aligner is aligner
+    with pytest.raises(TypeError, match="AlignerRunnable takes"):
+        runnable.batch([*inputs, 7])
+    assert isinstance(runnable.batch([*inputs, 7], return_exceptions=True)[-1], TypeError)

@@ -113,5 +113,8 @@ class SideBySide(Backend, Protocol):
     """A backend for which many texts side by side are faster than one after the other."""
 
     def for_batches(self) -> tuple[Backend, int]:
-        """Return the backend to run a batch of texts on, and by how many threads at a time."""
+        """Return the backend to run a batch of texts on, and by how many threads at a time.
+
+        It takes caches of this one, and this one takes its.
+        """
         ...

@@ -1,4 +1,4 @@
-"""Forwards of many threads, gathered into one.
+"""Forwards of many threads: gathered into one, or side by side on a core each.
 
 Each correction decodes in its own thread, as it always does, with its own cache. Where its forwards meet
 those of others, they go through the model together: rows of a batch that have finished leave it, others
@@ -15,7 +15,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import monotonic
 
-from aligner_integrations.backends.base import Backend, Batching, Ids, KVCache, Logits, Row, Scores
+from aligner_integrations.backends.base import (
+    Backend,
+    Batching,
+    Ids,
+    KVCache,
+    Logits,
+    Row,
+    Scores,
+    SideBySide,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -169,19 +178,91 @@ class Gathering:
                 self._round.changed.notify_all()
 
 
-def gathered(backend: Backend, *, wait_ms: float, max_tokens: int) -> Backend:
-    """Return `backend` so that its forwards wait up to `wait_ms` for company; 0 leaves it as it is."""
-    if wait_ms <= 0 or isinstance(backend, Gathering):
+class Lanes:
+    """A backend around another: forwards that are due at the same time run side by side, a core each.
+
+    For models whose rows cannot share a forward. While one thread alone is at work, its forwards have all
+    cores.
+    """
+
+    batches = False
+
+    def __init__(self, inner: SideBySide) -> None:
+        self.inner = inner
+        self._one_core, lanes = inner.for_batches()
+        self._free = threading.Semaphore(lanes)
+        self._members = 0
+        self._count = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        """The inner backend's name."""
+        return self.inner.name
+
+    @property
+    def provider(self) -> str:
+        """The inner backend's provider."""
+        return self.inner.provider
+
+    def make_cache(self) -> KVCache:
+        """Return an empty cache of the inner backend."""
+        return self.inner.make_cache()
+
+    @contextmanager
+    def taking_part(self) -> Iterator[None]:
+        """Be one of those at work."""
+        with self._count:
+            self._members += 1
+        try:
+            yield
+        finally:
+            with self._count:
+                self._members -= 1
+
+    def forward(self, ids: Ids, cache: KVCache, *, last: int) -> Logits:
+        """Run `ids` as soon as a core is free; logits of shape (last, vocabulary)."""
+        with self._free:
+            return self._chosen().forward(ids, cache, last=last)
+
+    def score(self, rows: Sequence[Row]) -> list[Scores]:
+        """Run the rows, one after the other, as soon as a core is free."""
+        with self._free:
+            backend = self._chosen()
+            if isinstance(backend, Batching):
+                return backend.score(rows)
+            return [Scores.of(backend.forward(row.ids, row.cache, last=row.last), row.ids) for row in rows]
+
+    def _chosen(self) -> Backend:
+        return self._one_core if self._members > 1 else self.inner
+
+
+def together(backend: Backend, *, wait_ms: float, max_tokens: int) -> Backend:
+    """Return `backend` so that threads share it best: one forward for all, or else one core for each.
+
+    A forward waits up to `wait_ms` milliseconds for company. What cannot be shared is returned as it is.
+    """
+    if isinstance(backend, Gathering | Lanes):
         return backend
     if isinstance(backend, Batching) and backend.batches:
         return Gathering(backend, wait=wait_ms / 1000, max_tokens=max_tokens)
-    logger.warning(
-        "micro_batch_ms=%g was asked for, but rows of this model cannot share a forward on backend %r; "
-        "each stream runs its own (export the model with attention='plain', or use backend='torch')",
-        wait_ms,
-        backend.name,
-    )
+    if isinstance(backend, SideBySide) and backend.for_batches()[1] > 1:
+        return Lanes(backend)
     return backend
 
 
-__all__ = ["Gathering", "gathered"]
+def micro_batched(backend: Backend, *, wait_ms: float, max_tokens: int) -> Backend:
+    """Return `backend` for streams in many threads, see `together`; with a `wait_ms` of 0 as it is."""
+    if wait_ms <= 0:
+        return backend
+    shared = together(backend, wait_ms=wait_ms, max_tokens=max_tokens)
+    if not isinstance(shared, Gathering | Lanes):
+        logger.warning(
+            "micro_batch_ms=%g was asked for, but this model's rows cannot share a forward on backend %r and "
+            "it is too large to run side by side; export it with --attention plain, or use the torch backend",
+            wait_ms,
+            backend.name,
+        )
+    return shared
+
+
+__all__ = ["Gathering", "Lanes", "micro_batched", "together"]

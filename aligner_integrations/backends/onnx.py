@@ -175,7 +175,7 @@ class OnnxBackend:
         for start in range(0, len(ids), _BLOCK):
             block = ids[start : start + _BLOCK]
             wanted = min(len(block), last - (len(ids) - start - len(block)))
-            output, first = cache.run(block, last=max(wanted, 1), width=self._width(len(block)))
+            output, first = cache.run(self._graph, block, last=max(wanted, 1), width=self._width(len(block)))
             if wanted > 0:
                 parts.append(_Part(output, first, first + wanted, start + len(block)))
         return parts

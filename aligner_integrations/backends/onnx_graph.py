@@ -189,10 +189,11 @@ class OnnxCache(Protocol):
         """Forget all but the first `length` tokens."""
         ...
 
-    def run(self, ids: Ids, *, last: int, width: int) -> tuple[Output, int]:
+    def run(self, graph: DecoderGraph, ids: Ids, *, last: int, width: int) -> tuple[Output, int]:
         """Run `ids`, padded to `width` places, and hold them; also return where the scores of the end begin.
 
-        The scores of the last `last` of `ids` begin at that one of the output's kept places.
+        `graph` is the one that the cache was made for, or the same in another session. The scores of the
+        last `last` of `ids` begin at that one of the output's kept places.
         """
         ...
 
@@ -219,12 +220,12 @@ class SharedCache:
         check_trim(length, self._length)
         self._length = length
 
-    def run(self, ids: Ids, *, last: int, width: int) -> tuple[Output, int]:
+    def run(self, graph: DecoderGraph, ids: Ids, *, last: int, width: int) -> tuple[Output, int]:
         """Run `ids` in place; padding gains nothing here, so `width` is not read."""
         end = self._length + len(ids)
         self._make_room(end)
         first = len(ids) - last
-        output = self._graph.run(
+        output = graph.run(
             np.array([ids], dtype=np.int64), self._buffers, self._buffers, total=end, first=first
         )
         self._length = end
@@ -261,7 +262,7 @@ class GrowingCache:
         check_trim(length, self.length)
         self._alive[np.flatnonzero(self._alive)[length:]] = 0
 
-    def run(self, ids: Ids, *, last: int, width: int) -> tuple[Output, int]:
+    def run(self, graph: DecoderGraph, ids: Ids, *, last: int, width: int) -> tuple[Output, int]:
         """Run `ids` and hold them; up to `width` the input is filled with places that are dead at once."""
         if len(self._alive) - self.length > self._dead_places:
             self.hold(self.take())
@@ -271,7 +272,7 @@ class GrowingCache:
         alive = np.concatenate((self._alive, np.arange(width, dtype=np.int64) < len(ids))).astype(np.int64)
         present = self._graph.make_buffers(1, len(alive))
         first = len(ids) - last
-        output = self._graph.run(
+        output = graph.run(
             input_ids,
             self._values,
             present,

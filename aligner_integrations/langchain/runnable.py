@@ -14,6 +14,7 @@ from langchain_core.runnables import RunnableConfig, RunnableSerializable
 from pydantic import ConfigDict, Field
 
 from aligner_integrations.aligner import Aligner
+from aligner_integrations.batch import shared
 from aligner_integrations.correction import Segment
 from aligner_integrations.langchain.answers import (
     AnswerStream,
@@ -26,7 +27,7 @@ from aligner_integrations.langchain.jobs import Steps, apart, arun, inside, run
 from aligner_integrations.langchain.messages import correct_message, correct_text
 from aligner_integrations.langchain.question import find_question, question_text
 from aligner_integrations.langchain.sources import AsyncSource, Source, aclose, close
-from aligner_integrations.options import CorrectionOptions, check_aligner
+from aligner_integrations.options import CorrectionOptions, check_aligner, load_bundled
 from aligner_integrations.resilience import WITHHELD_TEXT, OnError
 from aligner_integrations.stream import StreamCorrector
 
@@ -113,6 +114,38 @@ class AlignerRunnable(RunnableSerializable[Answer, Answer]):
         """Correct a finished answer in a thread, so that the event loop goes on."""
         _check(input, self._mapping_key)
         return await self._acall_with_config(self._acorrect, input, config)
+
+    def batch(
+        self,
+        inputs: list[Answer],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[Answer]:
+        """Correct many finished answers, in threads that share the model's forwards."""
+        sharing = self._sharing() if len(inputs) > 1 else self
+        return super(AlignerRunnable, sharing).batch(
+            inputs, config, return_exceptions=return_exceptions, **kwargs
+        )
+
+    async def abatch(
+        self,
+        inputs: list[Answer],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[Answer]:
+        """Correct many finished answers, in threads that share the model's forwards."""
+        sharing = self._sharing() if len(inputs) > 1 else self
+        return await super(AlignerRunnable, sharing).abatch(
+            inputs, config, return_exceptions=return_exceptions, **kwargs
+        )
+
+    def _sharing(self) -> AlignerRunnable:
+        aligner = load_bundled() if self.aligner is None else self.aligner
+        return self.model_copy(update={"aligner": shared(aligner)})
 
     def stream(self, input: Answer, config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Answer]:
         """Correct a finished answer and yield it in parts."""

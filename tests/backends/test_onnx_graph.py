@@ -89,7 +89,7 @@ def test_dead_places_are_as_if_they_had_never_been(steps: list[tuple[int, int, i
     plain: Ids = []
     for length, cut, fill in steps:
         ids = IDS[len(plain) : len(plain) + length]
-        output, start = masked.run(ids, last=len(ids), width=len(ids) + fill)
+        output, start = masked.run(graph(model), ids, last=len(ids), width=len(ids) + fill)
         wanted = alone(model, plain, ids, len(ids))
         np.testing.assert_allclose(
             output.rows(0, start, start + len(ids)), [wanted.row(at) for at in range(len(ids))], atol=1e-4
@@ -116,9 +116,9 @@ def test_a_long_input_goes_through_in_blocks(backend: object, monkeypatch: pytes
     class Watched:
         length = property(lambda self: inner.length)
 
-        def run(self, ids: Ids, *, last: int, width: int) -> object:
+        def run(self, graph: DecoderGraph, ids: Ids, *, last: int, width: int) -> object:
             widths.append(len(ids))
-            return inner.run(ids, last=last, width=width)
+            return inner.run(graph, ids, last=last, width=width)
 
     found = model.score([Row(IDS, cast(OnnxCache, Watched()), 60)])[0]
     assert widths == [32] * 6 + [8]
