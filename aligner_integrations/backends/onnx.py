@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Sequence
@@ -13,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from aligner_integrations.backends.base import Ids, KVCache, Logits, Row, Scores
-from aligner_integrations.backends.providers import FULL_NAMES, bucket, choose_providers, report_fallback
-from aligner_integrations.errors import MissingDependencyError, ModelLoadError, ProviderUnavailableError
+from aligner_integrations.backends.providers import FULL_NAMES, bucket
+from aligner_integrations.errors import MissingDependencyError, ModelLoadError
 
 try:
     import onnxruntime as ort
@@ -29,7 +30,7 @@ except ModuleNotFoundError as error:
         name="onnxruntime",
     ) from error
 
-# It loads onnxruntime, so it comes after the word about a missing one.
+# These load onnxruntime, so they come after the word about a missing one.
 from aligner_integrations.backends.onnx_graph import (
     SHARED_CACHE,
     DecoderGraph,
@@ -38,6 +39,7 @@ from aligner_integrations.backends.onnx_graph import (
     Output,
     SharedCache,
 )
+from aligner_integrations.backends.session import available_cores, open_session
 
 # Up to here, in bytes, a forward leaves cores idle and the weights may be held twice; above, neither holds.
 _SMALL_MODEL = 256 * 2**20
@@ -66,7 +68,8 @@ class OnnxBackend:
         self._threads = threads
         self._one_thread: OnnxBackend | None = None
         self._loading = threading.Lock()
-        self._graph = DecoderGraph(session, device="cpu" if provider == FULL_NAMES["cpu"] else "cuda")
+        device = "cpu" if provider == FULL_NAMES["cpu"] else "cuda"
+        self._graph = DecoderGraph(session, device=device, head_size=_said_head_size(file))
         self.vocab_size = self._graph.vocab_size
 
     @classmethod
@@ -78,7 +81,7 @@ class OnnxBackend:
         threads: int | None = None,
         provider_options: dict[str, Any] | None = None,
     ) -> OnnxBackend:
-        """Load `folder/model.onnx` (weights beside it in `model.onnx_data` are found by themselves).
+        """Load `folder/model.onnx` (weights beside it are found by themselves).
 
         Args:
             folder: the model folder.
@@ -92,35 +95,11 @@ class OnnxBackend:
             ProviderUnavailableError: the provider asked for did not load.
             ValueError: `provider` is unknown.
         """
-        candidates = choose_providers(provider, ort.get_available_providers())
         path = Path(folder) / "model.onnx"
-        if not path.is_file():
-            raise ModelLoadError(
-                f"{path} does not exist; give the folder that holds it, "
-                "or make it from a checkpoint with `aligner export`"
-            )
-        # The official packages can report usage to Microsoft; a safety tool must not do so unasked.
-        ort.disable_telemetry_events()
-        why: dict[str, str] = {}
-        for name in candidates:
-            try:
-                session = _make_session(path, name, threads, provider_options)
-            except (MemoryError, KeyboardInterrupt):
-                raise
-            except Exception as error:  # ORT's own classes share no public base
-                if name == "cpu":
-                    raise ModelLoadError(f"ONNX Runtime cannot load {path}: {error}") from error
-                why[name] = str(error)
-                continue
-            found = session.get_providers()[0]
-            if found == FULL_NAMES[name]:
-                report_fallback(asked=provider, used=name, why=why)
-                return cls(session, provider=found, file=path, threads=threads)
-            why[name] = f"the session runs on {found}"
-        raise ProviderUnavailableError(
-            f"provider {provider!r} was asked for, but {why.get(provider, 'nothing loaded')}; "
-            'use provider="auto" or "cpu", or see `aligner doctor`'
+        session, found = open_session(
+            path, provider=provider, threads=threads, provider_options=provider_options
         )
+        return cls(session, provider=found, file=path, threads=threads)
 
     def for_batches(self) -> tuple[OnnxBackend, int]:
         """Return the backend to run a batch of texts on, and by how many threads at a time.
@@ -264,45 +243,24 @@ def _stacked(caches: list[list[npt.NDArray[Any]]], held: int) -> list[npt.NDArra
     return stacked
 
 
-def _make_session(
-    path: Path, name: str, threads: int | None, provider_options: dict[str, Any] | None
-) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or available_cores()
-    options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 4  # what fails is raised; nothing is written to the user's terminal
-    # Spinning made forwards up to 1.5 times faster on an idle machine and twice as slow on a busy one.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    wanted: list[Any] = [FULL_NAMES[name]]
-    if name != "cpu":
-        if hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()
-        wanted = [(FULL_NAMES[name], provider_options or {}), FULL_NAMES["cpu"]]
-    # Without enable_fallback=0 a provider that fails later is swapped for the CPU, with a print.
-    return ort.InferenceSession(os.fspath(path), sess_options=options, providers=wanted, enable_fallback=0)
-
-
 def _stamp(file: Path | None) -> list[tuple[int, int]]:
     """Return size and time of a model's file and of its weights beside it, as far as there are any."""
     if file is None:
         return []
-    found = [path.stat() for path in (file, file.with_name("model.onnx_data")) if path.is_file()]
+    names = (file.name, "model.onnx_data", "model.onnx.data")  # optimum's, and onnxruntime-genai's
+    found = [path.stat() for path in map(file.with_name, names) if path.is_file()]
     return [(stat.st_size, stat.st_mtime_ns) for stat in found]
 
 
-def available_cores() -> int:
-    """Count the physical cores that this process may use (its affinity, hyper-threads once)."""
-    if not hasattr(os, "sched_getaffinity"):
-        return max(1, (os.cpu_count() or 2) // 2)
-    cores: set[str] = set()
-    for cpu in os.sched_getaffinity(0):
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            cores.add(siblings.read_text(encoding="ascii"))
-        except OSError:
-            cores.add(str(cpu))
-    return max(1, len(cores))
+def _said_head_size(file: Path | None) -> int | None:
+    """Return the head size that onnxruntime-genai's builder says beside a graph which leaves it open."""
+    path = None if file is None else file.with_name("genai_config.json")
+    if path is None or not path.is_file():
+        return None
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["model"]["decoder"]["head_size"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelLoadError(f"{path} is not a valid genai_config.json: {error}") from error
 
 
 __all__ = ["SHARED_CACHE", "OnnxBackend", "available_cores"]

@@ -55,7 +55,9 @@ class Output:
 class DecoderGraph:
     """A session's graph: what it takes, what it gives, and one forward through it."""
 
-    def __init__(self, session: ort.InferenceSession, *, device: str = "cpu") -> None:
+    def __init__(
+        self, session: ort.InferenceSession, *, device: str = "cpu", head_size: int | None = None
+    ) -> None:
         self._session = session
         self.device = device
         inputs = {node.name: node for node in session.get_inputs()}
@@ -68,7 +70,7 @@ class DecoderGraph:
                 f"model.onnx is no decoder with a cache: it lacks {sorted(missing) or 'past_key_values.*'}; "
                 "export it with the task text-generation-with-past"
             )
-        self._shapes = [_cache_shape(inputs[name]) for name in self.past]
+        self._shapes = [_cache_shape(inputs[name], head_size) for name in self.past]
         self._floats = _FLOAT_TYPES.get(outputs["logits"].type, np.float32)
         self.masked = {"attention_mask", "position_ids"} <= inputs.keys()
         self._takes = inputs.keys()
@@ -167,8 +169,9 @@ def _place(value: Value) -> tuple[Any, Any, int]:
     return kinds[value.device_name().lower()](), native.OrtDevice.default_memory(), 0
 
 
-def _cache_shape(node: Any) -> tuple[int, int, type[np.generic]]:
+def _cache_shape(node: Any, head_size: int | None) -> tuple[int, int, type[np.generic]]:
     _, heads, _, size = node.shape if len(node.shape) == 4 else (None,) * 4
+    size = head_size if isinstance(size, str) and head_size else size
     if not (isinstance(heads, int) and isinstance(size, int)) or node.type not in _FLOAT_TYPES:
         raise ModelLoadError(
             f"model.onnx: {node.name} has shape {node.shape} and type {node.type}; "
