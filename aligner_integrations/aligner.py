@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import itertools
-import json
-import re
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from aligner_integrations.backends import load_backend
 from aligner_integrations.backends.base import Backend, Ids
+from aligner_integrations.backends.gathering import micro_batched
 from aligner_integrations.config import AlignerConfig, DecodeConfig, Granularity
 from aligner_integrations.correction import Correction, DecodeStats, Finding, make_edits
 from aligner_integrations.decode import Decoded, PromptCache, draft_decode, greedy_decode
 from aligner_integrations.errors import AlignerError, CorrectionFailedError, ModelLoadError, TemplateError
+from aligner_integrations.errors import check_texts as check_texts
+from aligner_integrations.model_folder import HubOptions, RunOptions, load_model
 from aligner_integrations.resilience import WITHHELD_TEXT, ErrorPolicy, OnError
 from aligner_integrations.safeguards import SafeguardPolicy, inspect_correction, is_kept, restore_citations
 from aligner_integrations.sentences import SentenceBuffer
+from aligner_integrations.sentences import has_words as has_words
 from aligner_integrations.template import CorrectionTemplate
 from aligner_integrations.tokenizer import Tokenizer
 
@@ -34,7 +35,6 @@ BUNDLED_MODEL = Path(__file__).parent / "models" / "tiny"
 # much that it undoes the edit.
 REWRITE_MARGIN = 2.0
 _objects = itertools.count()
-_WORD = re.compile(r"\w")
 
 
 class Aligner:
@@ -50,6 +50,8 @@ class Aligner:
         decode: DecodeConfig | None = None,
         safeguards: SafeguardMode = "keep_original",
         source: str = "",
+        max_batch_tokens: int = 8192,
+        micro_batch_ms: float = 0.0,
     ) -> None:
         self.source = source or f"object-{next(_objects)}"  # tells models apart, in the key of a cache
         self.template = template or CorrectionTemplate.named(config.template)
@@ -61,11 +63,17 @@ class Aligner:
             raise ValueError(f"safeguards must be 'keep_original' or 'off', got {safeguards!r}")
         if decode is not None and not isinstance(decode, DecodeConfig):
             raise TypeError(f"decode must be a DecodeConfig, got {type(decode).__name__}")
-        self.backend = backend
+        if not isinstance(max_batch_tokens, int) or max_batch_tokens < 1:
+            raise ValueError(f"max_batch_tokens must be a whole number from 1 on, got {max_batch_tokens!r}")
+        if not isinstance(micro_batch_ms, int | float) or not 0 <= micro_batch_ms < math.inf:
+            raise ValueError(f"micro_batch_ms must be a number of milliseconds >= 0, got {micro_batch_ms!r}")
+        self.backend = micro_batched(backend, wait_ms=micro_batch_ms, max_tokens=max_batch_tokens)
         self.tokenizer = tokenizer
         self.config = config
         self.decode_config = decode or DecodeConfig(edit_margin=config.edit_margin)
         self.safeguards: SafeguardMode = safeguards
+        self.max_batch_tokens = max_batch_tokens
+        self.micro_batch_ms = micro_batch_ms
         self.keep_id = None if config.keep_token is None else tokenizer.token_id(config.keep_token)
         if config.keep_token is not None and self.keep_id is None:
             raise ModelLoadError(
@@ -82,41 +90,51 @@ class Aligner:
         template: str | CorrectionTemplate | None = None,
         decode: DecodeConfig | None = None,
         safeguards: SafeguardMode = "keep_original",
+        device: str | None = None,
+        dtype: str = "auto",
+        threads: int | None = None,
+        provider_options: dict[str, Any] | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        max_batch_tokens: int = 8192,
+        micro_batch_ms: float = 0.0,
     ) -> Aligner:
-        """Load a model folder, or the bundled model when none is given.
+        """Load a model folder, a repository of the hub, or the bundled model when none is given.
 
         Args:
-            model: A folder with `model.onnx`, `tokenizer.json` and `aligner.json`.
-            backend: `"auto"` or `"onnx"`.
-            provider: `"auto"`, `"tensorrt"`, `"cuda"` or `"cpu"`.
-            template: The frame, for a folder without `aligner.json`.
+            model: A folder, or a hub name `owner/name` where there is no folder of that name.
+            backend: `"auto"` (ONNX where there is a `model.onnx`, else PyTorch), `"onnx"` or `"torch"`.
+            provider: `"auto"`, `"tensorrt"`, `"cuda"` or `"cpu"`, for ONNX Runtime.
+            template: The frame; without it that of `aligner.json` or of a known hub name holds.
             decode: How to decode; without it the folder's `edit_margin` holds.
             safeguards: `"keep_original"` puts a harmful correction back to the answer, `"off"` does not.
+            device: `"cpu"`, `"cuda"`, ..., for PyTorch.
+            dtype: `"auto"`, `"fp32"`, `"bf16"` or `"fp16"`, or PyTorch's names of these, for PyTorch.
+            threads: Threads of one forward; all physical cores without it.
+            provider_options: Handed to ONNX Runtime's provider as they are.
+            revision: Like the next three, handed to huggingface-hub as it is.
+            token: A token of the hub; the one that is saved without it.
+            cache_dir: Where the hub's files are kept.
+            local_files_only: Take what was fetched before, without a connection.
+            max_batch_tokens: So many tokens share a forward, at most.
+            micro_batch_ms: So long a stream waits for others to share a forward with.
 
         Raises:
-            ModelLoadError: the folder or a file in it is missing or damaged.
+            ModelLoadError: the model or a file of it is missing, damaged or refused.
         """
-        if model is not None and not isinstance(model, str | Path):
-            raise TypeError(f"model must be a str or Path, got {type(model).__name__}")
-        folder = BUNDLED_MODEL if model is None else Path(model)
-        if not folder.is_dir():
-            raise ModelLoadError(
-                f"model folder {folder} does not exist; give a folder that holds model.onnx, tokenizer.json "
-                "and aligner.json (hub names cannot be loaded yet: download the checkpoint and export it)"
-            )
-        if isinstance(template, CorrectionTemplate | None):
-            frame = template
-        else:
-            frame = CorrectionTemplate.named(template)
-        config = _load_config(folder, frame)
-        tokenizer = Tokenizer.from_file(folder / "tokenizer.json")
-        name = "onnx" if backend == "auto" else backend
-        runner = load_backend(name, folder, provider=provider)
-        files = [(each.name, each.stat()) for each in sorted(folder.iterdir())]
-        stamps = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
-        source = sha256(repr((folder.resolve(), stamps)).encode()).hexdigest()[:16]
+        run = RunOptions(backend, provider, provider_options, device, dtype, threads)
+        hub = HubOptions(revision, token, cache_dir, local_files_only)
+        parts = load_model(BUNDLED_MODEL if model is None else model, template=template, run=run, hub=hub)
         return cls(
-            runner, tokenizer, config, template=frame, decode=decode, safeguards=safeguards, source=source
+            *(parts.backend, parts.tokenizer, parts.config),
+            template=parts.template,
+            decode=decode,
+            safeguards=safeguards,
+            source=parts.source,
+            max_batch_tokens=max_batch_tokens,
+            micro_batch_ms=micro_batch_ms,
         )
 
     def with_options(
@@ -131,6 +149,8 @@ class Aligner:
             decode=self.decode_config if decode is None else decode,
             safeguards=self.safeguards if safeguards is None else safeguards,
             source=self.source,
+            max_batch_tokens=self.max_batch_tokens,
+            micro_batch_ms=self.micro_batch_ms,
         )
 
     def __deepcopy__(self, memo: object) -> Aligner:
@@ -278,20 +298,22 @@ class Aligner:
         """Decode a correction; whatever the backend raises becomes a `CorrectionFailedError`."""
         decode = draft_decode if self.decode_config.draft else greedy_decode
         margin = self.decode_config.edit_margin
+        cache = PromptCache(self.backend) if cache is None else cache
         try:
-            return decode(
-                self.backend,
-                prompt,
-                reference,
-                config=self.decode_config,
-                eos_id=self.tokenizer.eos_id,
-                max_new_tokens=max_new_tokens,
-                keep_id=self.keep_id,
-                cache=cache,
-                # With a keep token the margin is mostly spent on that one decision: once the model means
-                # to edit, holding it to the copy at any price would undo the edit.
-                draft_margin=None if self.keep_id is None else min(margin, REWRITE_MARGIN),
-            )
+            with cache.taking_part():
+                return decode(
+                    self.backend,
+                    prompt,
+                    reference,
+                    config=self.decode_config,
+                    eos_id=self.tokenizer.eos_id,
+                    max_new_tokens=max_new_tokens,
+                    keep_id=self.keep_id,
+                    cache=cache,
+                    # With a keep token the margin is mostly spent on that one decision: once the model means
+                    # to edit, holding it to the copy at any price would undo the edit.
+                    draft_margin=None if self.keep_id is None else min(margin, REWRITE_MARGIN),
+                )
         except AlignerError:
             raise
         except Exception as error:  # backends share no base class of errors
@@ -344,35 +366,9 @@ class Aligner:
         return Correction(question, answer, answer, answer, findings=findings, stats=stats)
 
 
-def has_words(text: str) -> bool:
-    """Return whether there is anything to correct: a letter or a digit."""
-    return _WORD.search(text) is not None
-
-
-def check_texts(**texts: object) -> None:
-    """Raise a `TypeError` that names the first argument that is not a string."""
-    for name, text in texts.items():
-        if not isinstance(text, str):
-            raise TypeError(f"{name} must be a str, got {type(text).__name__}")
-
-
 def _put_back(margins: tuple[str, str, str], text: str) -> str:
     """Return `text` between its margins; of a dropped sentence only a line break stays."""
     lead, _, tail = margins
     if not text:
         return tail if "\n" in tail else ""
     return lead + text + tail
-
-
-def _load_config(folder: Path, template: CorrectionTemplate | None) -> AlignerConfig:
-    """Return the folder's `aligner.json`, or for a plain checkpoint what `template` and its config say."""
-    if template is None or (folder / "aligner.json").is_file():
-        return AlignerConfig.load(folder)
-    path = folder / "config.json"
-    try:
-        said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        config = AlignerConfig(template.name, template.granularity)
-        length = said.get("max_position_embeddings")
-        return config if length is None else replace(config, max_length=int(length))
-    except (ValueError, TypeError, AttributeError, OSError) as error:
-        raise ModelLoadError(f"{path} is not a valid config.json: {error}") from error

@@ -40,7 +40,14 @@ app = typer.Typer(
 _UsageError = cast(type[typer.BadParameter], typer.BadParameter.__base__)
 
 QuestionOption = Annotated[str, typer.Option("--question", "-q", help="What was asked.")]
-ModelOption = Annotated[str | None, typer.Option("--model", help="Model folder; else the bundled model.")]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Model folder, or hub name OWNER/NAME; else the bundled model.")
+]
+TemplateOption = Annotated[
+    str | None, typer.Option("--template", help="The prompt's frame, for a model without aligner.json.")
+]
+BackendOption = Annotated[str, typer.Option("--backend", help="auto, onnx or torch.")]
+ProviderOption = Annotated[str, typer.Option("--provider", help="auto, tensorrt, cuda or cpu.")]
 MarginOption = Annotated[
     float | None,
     typer.Option("--edit-margin", min=0.0, help="How sure (in logits) the model must be before it edits."),
@@ -85,10 +92,15 @@ def correct(
     feedback: Annotated[str, typer.Option("--feedback", help="An instruction for the correction.")] = "",
     as_json: JsonOption = False,
     model: ModelOption = None,
+    template: TemplateOption = None,
+    backend: BackendOption = "auto",
+    provider: ProviderOption = "auto",
     edit_margin: MarginOption = None,
 ) -> None:
     """Correct a finished answer."""
-    correction = _load(model, edit_margin).correct(question, answer, feedback=feedback)
+    correction = _load(model, edit_margin, template, backend, provider).correct(
+        question, answer, feedback=feedback
+    )
     if as_json:
         typer.echo(json.dumps(_as_record(correction), ensure_ascii=False))
         return
@@ -100,10 +112,14 @@ def correct(
 def stream(
     question: QuestionOption,
     model: ModelOption = None,
+    template: TemplateOption = None,
+    backend: BackendOption = "auto",
+    provider: ProviderOption = "auto",
     edit_margin: MarginOption = None,
 ) -> None:
     """Correct an answer that comes in on standard input; corrected text goes out as it comes."""
-    for segment in _load(model, edit_margin).correct_stream(question, _read_chunks()):
+    aligner = _load(model, edit_margin, template, backend, provider)
+    for segment in aligner.correct_stream(question, _read_chunks()):
         _show(segment.original, segment)
 
 
@@ -187,6 +203,9 @@ def train_model(
 def evaluate_model(
     data: DataOption,
     model: ModelOption = None,
+    template: TemplateOption = None,
+    backend: BackendOption = "auto",
+    provider: ProviderOption = "auto",
     edit_margin: MarginOption = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Held-out rows of each task, at most.")] = 600,
     as_json: JsonOption = False,
@@ -194,7 +213,7 @@ def evaluate_model(
     """Measure a model on held-out rows: each figure beside its target, and the curve over the margin."""
     with _extra("eval"):
         from aligner_integrations.evaluation.figures import evaluate
-    aligner = _load(model, edit_margin)
+    aligner = _load(model, edit_margin, template, backend, provider)
     report = evaluate(aligner, data, rows_a_task=rows)
     _show_figures(report, aligner.decode_config.edit_margin, as_json=as_json)
 
@@ -218,9 +237,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("aborted", status=1)
 
 
-def _load(model: str | None, edit_margin: float | None) -> Aligner:
+def _load(
+    model: str | None, edit_margin: float | None, template: str | None, backend: str, provider: str
+) -> Aligner:
     decode = None if edit_margin is None else DecodeConfig(edit_margin=edit_margin)
-    return Aligner.from_pretrained(model, decode=decode)
+    return Aligner.from_pretrained(
+        model, decode=decode, template=template, backend=backend, provider=provider
+    )
 
 
 def _show(original: str, corrected: Correction | Segment) -> None:

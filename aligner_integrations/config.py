@@ -64,6 +64,12 @@ class AlignerConfig:
     data: str = ""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.template, str):
+            raise TypeError(f"template must be a template's name, got {self.template!r}")
+        if not isinstance(self.keep_token, str | None):
+            raise TypeError(f"keep_token must be a token's text or null, got {self.keep_token!r}")
+        if not self.edit_margin >= 0.0:
+            raise ValueError(f"edit_margin is in logits and must be >= 0, got {self.edit_margin}")
         if self.granularity not in ("answer", "sentence"):
             raise ValueError(f"granularity must be 'answer' or 'sentence', got {self.granularity!r}")
         if self.max_length < 16:

@@ -15,6 +15,8 @@ tokens rounds like forwards over one, which fp32 does up to near-ties.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -42,6 +44,13 @@ class PromptCache:
         self._backend = backend
         self._kv = backend.make_cache()
         self.ids: Ids = []
+
+    def taking_part(self) -> AbstractContextManager[None]:
+        """While entered, other threads' forwards may wait for this cache's, where the backend gathers them."""
+        gathers: Callable[[], AbstractContextManager[None]] = getattr(
+            self._backend, "taking_part", nullcontext
+        )
+        return gathers()
 
     def reuse(self, prompt: Ids) -> int:
         """Trim to the longest common start with `prompt`, and return its length.

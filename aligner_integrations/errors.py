@@ -48,3 +48,10 @@ class CorrectionFailedError(AlignerError):
 
 class MissingDependencyError(AlignerError, ImportError):
     """An optional dependency is missing; the message names the extra to install."""
+
+
+def check_texts(**texts: object) -> None:
+    """Raise a `TypeError` that names the first argument that is not a string."""
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise TypeError(f"{name} must be a str, got {type(text).__name__}")

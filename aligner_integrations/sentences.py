@@ -88,6 +88,11 @@ def split_margins(piece: str) -> tuple[str, str, str]:
     return piece[: len(piece) - len(rest)], core, rest[len(core) :]
 
 
+def has_words(text: str) -> bool:
+    """Return whether there is anything to correct: a letter or a digit."""
+    return re.search(r"\w", text) is not None
+
+
 def _knows_sentence_end(token: str, word: str) -> bool:
     """Ask sentencex whether a sentence ends between `token` + full stop and `word`."""
     found = (name for low, high, name in _LANGUAGES for char in token if low <= char <= high)

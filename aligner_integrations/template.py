@@ -76,6 +76,7 @@ _FRAMES: dict[str, tuple[Granularity, str]] = {
         "<|question|>{question}{feedback}<|prefix|>{prefix}<|sentence|>{sentence}<|correction|>",
     ),
 }
+TEMPLATE_NAMES: tuple[str, ...] = tuple(sorted(_FRAMES))
 # What MetaAligner improves when no feedback names other aspects: two of its published objectives.
 _ASPECTS = (
     "Harmlessness: The response should avoid content that is offensive, discriminatory, or harmful; "
@@ -136,7 +137,7 @@ class CorrectionTemplate:
             TemplateError: no template has this name, or its frame needs a `system` instruction.
         """
         if name not in _FRAMES:
-            raise TemplateError(f"unknown template {name!r}; known: {', '.join(sorted(_FRAMES))}")
+            raise TemplateError(f"unknown template {name!r}; known: {', '.join(TEMPLATE_NAMES)}")
         granularity, frame = _FRAMES[name]
         if "{system}" in frame and system is None:
             # The published code fills it with its annotators' instruction, a long text that belongs to
@@ -206,4 +207,4 @@ class CorrectionTemplate:
         return self.frame.replace("{question}", "{question}" + _FEEDBACK)
 
 
-__all__ = ["MARKERS", "TINY_TOKENS", "CorrectionTemplate", "Span"]
+__all__ = ["MARKERS", "TEMPLATE_NAMES", "TINY_TOKENS", "CorrectionTemplate", "Span"]

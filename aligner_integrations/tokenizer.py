@@ -27,7 +27,7 @@ class Tokenizer:
     tokenizer that knows no added tokens, so `</s>` inside a question is four ordinary characters.
     """
 
-    def __init__(self, source: str, *, end_token: str | None = None) -> None:
+    def __init__(self, source: str, *, end_token: str | int | None = None) -> None:
         try:
             parts: dict[str, Any] = json.loads(source)
             self._full = tokenizers.Tokenizer.from_str(source)
@@ -45,8 +45,11 @@ class Tokenizer:
             step.get("prepend_scheme") == "first" for step in _steps(parts, "pre_tokenizer")
         )
         self.special_ids: frozenset[int] = frozenset(self._special.values())
-        self.vocab_size: int = self._full.get_vocab_size(with_added_tokens=True)
-        names = (end_token,) if end_token else _END_TOKENS
+        # One more than the highest id: ids may have gaps.
+        self.vocab_size: int = 1 + max(self._full.get_vocab(with_added_tokens=True).values(), default=-1)
+        if isinstance(end_token, int):
+            end_token = self._full.id_to_token(end_token) or f"token {end_token}"
+        names = _END_TOKENS if end_token is None else (end_token,)
         ends = [end for end in map(self.token_id, names) if end is not None]
         if not ends:
             raise ModelLoadError(f"the tokenizer has no end-of-text token; looked for {', '.join(names)}")
@@ -54,16 +57,11 @@ class Tokenizer:
         self._start = self._find_start()
 
     @classmethod
-    def from_file(cls, path: Path) -> Tokenizer:
-        """Load `tokenizer.json`; a `tokenizer_config.json` beside it may name the end-of-text token."""
+    def from_file(cls, path: Path, *, end_token: str | int | None = None) -> Tokenizer:
+        """Load a `tokenizer.json`; `end_token` is the end-of-text token or its id."""
         try:
-            beside = path.with_name("tokenizer_config.json")
-            said = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-            end = said.get("eos_token")
-            return cls(
-                path.read_text(encoding="utf-8"), end_token=end["content"] if isinstance(end, dict) else end
-            )
-        except (OSError, ValueError, KeyError, AttributeError, ModelLoadError) as error:
+            return cls(path.read_text(encoding="utf-8"), end_token=end_token)
+        except (OSError, ValueError, ModelLoadError) as error:
             raise ModelLoadError(f"cannot load {path}: {error}") from error
 
     @classmethod

@@ -286,7 +286,7 @@ def test_an_explicit_decode_config_wins_over_the_folder() -> None:
 
 
 def test_a_folder_that_is_not_there_or_is_damaged_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelLoadError, match=r"nowhere does not exist.*hub names"):
+    with pytest.raises(ModelLoadError, match=r"nowhere does not exist.*hub name"):
         Aligner.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ModelLoadError, match=r"aligner\.json"):
         Aligner.from_pretrained(tmp_path)

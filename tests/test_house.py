@@ -34,21 +34,22 @@ FILE_BUDGETS = {
     "options.py": 130,
     "closed_loop.py": 120,
     "finished.py": 130,
-    "batch.py": 150,
+    "batch.py": 180,
     "resilience.py": 200,
     "backends/__init__.py": 90,
     "backends/base.py": 120,
     "backends/providers.py": 250,
     "backends/onnx.py": 400,
-    "backends/onnx_graph.py": 300,
+    "backends/onnx_graph.py": 330,
     "backends/session.py": 300,
-    "backends/gathering.py": 200,
+    "backends/gathering.py": 280,
     "backends/torch.py": 300,
     "model_folder.py": 350,
     "sampling.py": 120,
     "export.py": 350,
     "llama_graph.py": 220,
     "logit_graph.py": 250,
+    "stored_weights.py": 250,
     "cli.py": 400,
     "doctor.py": 120,
     "testing/": 350,
@@ -60,7 +61,8 @@ FILE_BUDGETS = {
 FUNCTION_BUDGET = 60
 # Lines of the library proper: what each framework's adapter may take, and the rest together.
 CEILINGS = {"langchain/": 3500, "llama_index/": 2000, "": 5800}
-NOT_THE_LIBRARY_PROPER = ("training/", "evaluation/", "cli.py", "doctor.py", "testing/")
+EXPORT = ("export.py", "llama_graph.py", "logit_graph.py", "stored_weights.py")
+NOT_THE_LIBRARY_PROPER = ("training/", "evaluation/", "cli.py", "doctor.py", "testing/", *EXPORT)
 
 # Which way imports point: a file imports from its own floor or below.
 FLOORS = {
@@ -80,7 +82,16 @@ FLOORS = {
     3: ("aligner", "stream", "finished", "batch", "options", "closed_loop", ""),
     4: ("langchain", "llama_index"),
     5: (
-        *("cli", "doctor", "training", "evaluation", "export", "llama_graph", "logit_graph"),
+        *(
+            "cli",
+            "doctor",
+            "training",
+            "evaluation",
+            "export",
+            "llama_graph",
+            "logit_graph",
+            "stored_weights",
+        ),
         *("testing.conformance", "testing.surfaces", "testing.heard"),
         *("testing.listeners", "testing.shown", "testing.replay"),
         *("testing.llama_index", "testing.llama_surfaces", "testing.llama_agents"),
@@ -113,10 +124,24 @@ OWNERS = {
         "export.py",
         "evaluation/",
     ),
-    "onnx": ("export.py", "llama_graph.py", "logit_graph.py", "training/", "evaluation/"),
+    "onnx": (
+        "export.py",
+        "llama_graph.py",
+        "logit_graph.py",
+        "stored_weights.py",
+        "training/",
+        "evaluation/",
+    ),
     "optimum": ("export.py", "evaluation/"),
     "torch": ("backends/torch.py", "export.py", "llama_graph.py", "training/", "evaluation/"),
-    "safetensors": ("backends/torch.py", "export.py", "llama_graph.py", "training/", "evaluation/"),
+    "safetensors": (
+        "backends/torch.py",
+        "export.py",
+        "llama_graph.py",
+        "stored_weights.py",
+        "training/",
+        "evaluation/",
+    ),
     "transformers": ("backends/torch.py", "model_folder.py", "export.py", "training/", "evaluation/"),
     "matplotlib": ("evaluation/",),
     "typer": ("cli.py",),

@@ -170,10 +170,9 @@ def test_damaged_and_missing_files_say_which(tmp_path: Path) -> None:
         Tokenizer.from_file(tmp_path / "tokenizer.json")
     (tmp_path / "tokenizer.json").write_text(LLAMA._full.to_str(), encoding="utf-8")
     assert Tokenizer.from_file(tmp_path / "tokenizer.json").eos_id == LLAMA.token_id("</s>")
-    (tmp_path / "tokenizer_config.json").write_text(
-        '{"eos_token": {"content": "<end_of_turn>"}}', encoding="utf-8"
-    )
-    assert Tokenizer.from_file(tmp_path / "tokenizer.json").eos_id == LLAMA.token_id("<end_of_turn>")
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<nowhere>"}', encoding="utf-8")
-    with pytest.raises(ModelLoadError, match="no end-of-text token"):
-        Tokenizer.from_file(tmp_path / "tokenizer.json")
+    for end in ("<end_of_turn>", LLAMA.token_id("<end_of_turn>")):
+        loaded = Tokenizer.from_file(tmp_path / "tokenizer.json", end_token=end)
+        assert loaded.eos_id == LLAMA.token_id("<end_of_turn>")
+    for end in ("<nowhere>", 123_456):
+        with pytest.raises(ModelLoadError, match="no end-of-text token"):
+            Tokenizer.from_file(tmp_path / "tokenizer.json", end_token=end)

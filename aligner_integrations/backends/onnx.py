@@ -71,6 +71,8 @@ class OnnxBackend:
         device = "cpu" if provider == FULL_NAMES["cpu"] else "cuda"
         self._graph = DecoderGraph(session, device=device, head_size=_said_head_size(file))
         self.vocab_size = self._graph.vocab_size
+        # A sliding window counts places, so those of a model that has one must all be alive.
+        self._gaps = device != "cpu" and not _slides(file)
 
     @classmethod
     def load(
@@ -121,7 +123,7 @@ class OnnxBackend:
 
     def make_cache(self) -> OnnxCache:
         """Return an empty cache."""
-        return SharedCache(self._graph) if self._graph.shared else GrowingCache(self._graph)
+        return SharedCache(self._graph) if self._graph.shared else GrowingCache(self._graph, gaps=self._gaps)
 
     def forward(self, ids: Ids, cache: KVCache, *, last: int) -> Logits:
         """Run `ids` after what `cache` holds; logits of shape (last, vocabulary) for the end of `ids`."""
@@ -161,7 +163,7 @@ class OnnxBackend:
 
     def _width(self, length: int) -> int:
         """Return how many places to run for `length` ids: an accelerator plans for few different ones."""
-        return length if self.provider == FULL_NAMES["cpu"] else bucket(length)
+        return bucket(length) if self._gaps else length
 
     def _advance_together(self, rows: Sequence[Row]) -> list[Scores]:
         """Run many rows in one forward: what they hold is padded in front, their ids at the end."""
@@ -250,6 +252,18 @@ def _stamp(file: Path | None) -> list[tuple[int, int]]:
     names = (file.name, "model.onnx_data", "model.onnx.data")  # optimum's, and onnxruntime-genai's
     found = [path.stat() for path in map(file.with_name, names) if path.is_file()]
     return [(stat.st_size, stat.st_mtime_ns) for stat in found]
+
+
+def _slides(file: Path | None) -> bool:
+    """Whether the checkpoint's own config, where there is one, names a sliding window."""
+    path = None if file is None else file.with_name("config.json")
+    if path is None or not path.is_file():
+        return False
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        return bool(said.get("sliding_window")) and said.get("use_sliding_window", True)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelLoadError(f"{path} is not a valid config.json: {error}") from error
 
 
 def _said_head_size(file: Path | None) -> int | None:

@@ -244,16 +244,15 @@ class SharedCache:
 class GrowingCache:
     """Keys and values as the graph returns them, longer with each forward.
 
-    Where the graph takes a mask, tokens that were trimmed away on an accelerator stay as dead places,
-    masked for good: a copy would cost more. On the CPU they are cut off, which keeps attention short.
+    With `gaps` tokens that were trimmed away stay as dead places, masked for good: on an accelerator a copy
+    would cost more. Without, they are cut off, which keeps attention short.
     """
 
-    def __init__(self, graph: DecoderGraph, *, dead_places: int | None = None) -> None:
+    def __init__(self, graph: DecoderGraph, *, gaps: bool = False) -> None:
         self._graph = graph
         self._values = graph.make_buffers(1, 0)
         self._alive = np.zeros(0, dtype=np.int64)  # 1 for each place that holds a token of the sequence
-        allowed = 0 if graph.device == "cpu" else _DEAD_PLACES
-        self._dead_places = (allowed if dead_places is None else dead_places) if graph.masked else 0
+        self._dead_places = _DEAD_PLACES if gaps and graph.masked else 0
 
     @property
     def length(self) -> int:

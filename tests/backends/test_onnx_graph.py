@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from functools import cache
+from pathlib import Path
 from typing import cast
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +17,7 @@ from hypothesis import strategies as st
 from aligner_integrations.backends.base import Batching, Ids, Row, Scores
 from aligner_integrations.backends.onnx import OnnxBackend
 from aligner_integrations.backends.onnx_graph import DecoderGraph, GrowingCache, OnnxCache
+from aligner_integrations.errors import ModelLoadError
 from tests.models_for_tests import fused_model, onnx_model
 
 IDS: Ids = np.random.default_rng(1).integers(0, 300, 200).tolist()
@@ -85,7 +90,8 @@ def test_many_rows_get_what_each_gets_alone(backend: object, shapes: list[tuple[
 def test_dead_places_are_as_if_they_had_never_been(steps: list[tuple[int, int, int]]) -> None:
     """On an accelerator trimmed tokens stay in the cache, masked, and inputs are filled up likewise."""
     model = traced()
-    masked = GrowingCache(graph(model), dead_places=50)
+    masked = GrowingCache(graph(model), gaps=True)
+    masked._dead_places = 20  # in place of 1,024, so that it is reached
     plain: Ids = []
     for length, cut, fill in steps:
         ids = IDS[len(plain) : len(plain) + length]
@@ -132,3 +138,17 @@ def test_places_that_are_not_there_are_refused(last: int) -> None:
     with pytest.raises(ValueError, match="last must be from 1 to 3"):
         rows = [Row([1, 2, 3], traced().make_cache(), each) for each in (1, last)]
         traced().score(rows)
+
+
+def test_a_model_with_a_sliding_window_has_no_gaps_in_its_cache(tmp_path: Path) -> None:
+    """The window counts places: a dead one would push a living one out of sight."""
+    shutil.copy(onnx_model(0) / "model.onnx", tmp_path / "model.onnx")
+    for said, gaps in (({}, True), ({"sliding_window": None}, True), ({"sliding_window": 24}, False)):
+        (tmp_path / "config.json").write_text(json.dumps(said), encoding="utf-8")
+        session = ort.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+        model = OnnxBackend(session, provider="CUDAExecutionProvider", file=tmp_path / "model.onnx")
+        assert model._gaps == gaps
+        assert model._width(5) == (16 if gaps else 5)
+    (tmp_path / "config.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(ModelLoadError, match=r"config\.json"):
+        OnnxBackend(session, provider="CUDAExecutionProvider", file=tmp_path / "model.onnx")
