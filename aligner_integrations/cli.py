@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from rich.console import Console
@@ -22,7 +22,6 @@ from rich.table import Table
 from rich.text import Text
 
 from aligner_integrations import Aligner, Correction, DecodeConfig, Edit, Segment
-from aligner_integrations.aligner import BUNDLED_MODEL
 from aligner_integrations.errors import AlignerError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -61,7 +60,8 @@ DataOption = Annotated[
 # What each extra brings: only these, when missing, mean that the extra is not installed.
 _EXTRA_PACKAGES = {
     "train": ("torch", "transformers", "onnx", "optimum", "onnxruntime"),
-    "eval": ("onnxruntime",),
+    "eval": ("onnxruntime", "matplotlib"),
+    "export": ("torch", "transformers", "safetensors", "onnx", "optimum", "onnxruntime"),
     "langchain": ("langchain_core",),
 }
 
@@ -140,15 +140,31 @@ def doctor(model: ModelOption = None, as_json: JsonOption = False) -> None:
 @app.command()
 def bench(
     model: ModelOption = None,
+    size: Annotated[str | None, typer.Option("--size", help="Make a random model instead: 100m.")] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=2, help="Rounds; ratios are of medians.")] = 20,
-    provider: Annotated[str, typer.Option("--provider", help="auto, tensorrt, cuda or cpu.")] = "auto",
+    provider: Annotated[
+        str, typer.Option("--provider", help="auto, tensorrt, cuda or cpu; several, with commas, in turn.")
+    ] = "auto",
+    peers: Annotated[bool, typer.Option("--peers", help="Time transformers and optimum too.")] = False,
+    plots: Annotated[
+        Path | None, typer.Option("--plots", file_okay=False, help="Folder for plots and JSON.")
+    ] = None,
     adapters: Annotated[
         bool, typer.Option("--adapters", help="Time the LangChain adapters instead.")
     ] = False,
     batch: Annotated[bool, typer.Option("--batch", help="Time a batch beside one by one instead.")] = False,
+    memory: Annotated[bool, typer.Option("--memory", help="Measure the memory of a long answer.")] = False,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Count forwards of corrections in --data.")
+    ] = False,
+    data: Annotated[
+        Path | None, typer.Option("--data", exists=True, file_okay=False, help="Folder for --replay.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time guided decoding beside plain greedy decoding and one prefill, on the same session."""
+    if adapters + batch + memory + replay > 1:
+        raise typer.BadParameter("--adapters, --batch, --memory and --replay exclude each other")
     if adapters:
         with _extra("langchain"):
             from aligner_integrations.evaluation.adapters import as_rows, run_adapters
@@ -158,26 +174,61 @@ def bench(
         else:
             _show_report({"what an adapter adds, its aligner doing nothing": as_rows(costs)})
         return
-    from aligner_integrations.evaluation.batches import run_batch_bench
-    from aligner_integrations.evaluation.bench import run_bench
+    with _extra("export"), _extra("eval"):
+        from aligner_integrations.evaluation.suite import run_suite
 
-    run = run_batch_bench if batch else run_bench
-    report = run(model or BUNDLED_MODEL, rounds=rounds, provider=provider)
+        reports = run_suite(
+            "batch" if batch else "memory" if memory else "replay" if replay else "answer",
+            model=model,
+            size=size,
+            providers=provider.split(","),
+            rounds=rounds,
+            peers=peers,
+            plots=plots,
+            data=data,
+        )
+    if as_json:
+        records = [report.to_dict() for report in reports]
+        typer.echo(json.dumps(records if len(records) > 1 else records[0]))
+        return
+    for report in reports:
+        _show_report(report.shown())
+
+
+@app.command(name="export")
+def export_model(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder with config, tokenizer and safetensors.")],
+    out: Annotated[Path, typer.Argument(help="The model folder to make.")],
+    dtype: Annotated[
+        Literal["fp32", "fp16", "int8", "int8-dynamic"],
+        typer.Option(
+            "--dtype", help="int8 is stored so and computes in fp32; int8-dynamic multiplies in int8."
+        ),
+    ] = "fp32",
+    opset: Annotated[int, typer.Option("--opset", min=14, max=20, help="Version of ONNX's operators.")] = 18,
+    attention: Annotated[
+        Literal["fused", "plain"], typer.Option("--attention", help="plain is for TensorRT.")
+    ] = "fused",
+    template: Annotated[str | None, typer.Option("--template", help="The frame it was trained on.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it is there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Export a checkpoint to a model folder for ONNX Runtime, and say how near it is to the checkpoint."""
+    with _extra("export"):
+        from aligner_integrations.export import export_checkpoint
+    report = export_checkpoint(
+        checkpoint,
+        out,
+        template=template,
+        dtype=dtype,
+        opset=opset,
+        attention=attention,
+        overwrite=force,
+    )
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
-        return
-    timings = {
-        timing.name: f"{timing.median * 1000:.2f} ms ({timing.p5 * 1000:.2f} to {timing.p95 * 1000:.2f}), "
-        f"{timing.forwards} forward(s), {timing.new_tokens} token(s)"
-        for timing in report.timings
-    }
-    ratios = {
-        ratio.name: f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
-        + ("" if ratio.goal is None else f", asked: {'>=' if ratio.at_least else '<='} {ratio.goal:g}")
-        for ratio in report.ratios
-    }
-    setting = {name: str(value) for name, value in report.setting.items()}
-    _show_report({"setting": setting, "time (p5 to p95)": timings, "ratio (95 % interval)": ratios})
+    else:
+        _show_report(report.shown())
 
 
 @app.command(name="train")

@@ -46,7 +46,7 @@ class PromptCache:
         self.ids: Ids = []
 
     def taking_part(self) -> AbstractContextManager[None]:
-        """While entered, other threads' forwards may wait for this cache's, where the backend gathers them."""
+        """While entered, other threads' forwards may wait for this one's, where the backend gathers them."""
         gathers: Callable[[], AbstractContextManager[None]] = getattr(
             self._backend, "taking_part", nullcontext
         )

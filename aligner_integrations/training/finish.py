@@ -28,7 +28,7 @@ _CONFIG = AlignerConfig(
 
 def finish(checkpoint: Path, folder: Path, *, data: Path, rows_a_task: int = 600) -> Report:
     """Export `checkpoint` to `folder`, measure it on held-out rows and set its edit margin."""
-    export_checkpoint(checkpoint, folder, config=_CONFIG, dtype="int8")
+    export_checkpoint(checkpoint, folder, config=_CONFIG, dtype="int8", overwrite=True)
     report = evaluate(Aligner.from_pretrained(folder), data, rows_a_task=rows_a_task)
     config = AlignerConfig.load(folder)
     write_config(replace(config, edit_margin=report.best_margin()), folder)
