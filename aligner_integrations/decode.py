@@ -25,7 +25,7 @@ import numpy as np
 from aligner_integrations.backends.base import Backend, Batching, Ids, Logits, Row, Scores
 from aligner_integrations.config import DecodeConfig
 from aligner_integrations.correction import DecodeStats
-from aligner_integrations.draft import Alignment, common_start, next_draft_length, propose
+from aligner_integrations.draft import Alignment, Drafter, common_start
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +163,7 @@ class _Run:
     drafting: bool
     alignment: Alignment = field(init=False)
     room: int = field(init=False)  # tokens that may be written in all
+    drafter: Drafter | None = None
     output: Ids = field(default_factory=list)
     forwards: int = 0
     drafted: int = 0
@@ -202,23 +203,18 @@ class _Run:
 
     def _write(self, pending: Ids) -> bool:
         """Run forwards until end-of-text or until the room is used; return whether to keep."""
-        length = len(self.reference)  # the first try is the whole reference
         if self.keep_id is not None:
             token = self._decide(self._forward(pending, []).row(0), self.keep_id)
             self._emit(token)
             if token == self.keep_id:
                 return True
             pending = [token]
-            length = self.config.max_draft_tokens  # the model means to edit, so not the whole
         while len(self.output) < self.room and self.eos_id not in self.output[-1:]:
-            draft = self._draft(length) if self.drafting else []
+            draft = self._draft() if self.drafting else []
             accepted = self._verify(self._forward(pending, draft), draft)
             self.drafted += len(draft)
             self.accepted += accepted
             self.cache.trim(len(self.cache.ids) - len(draft) + accepted)
-            length = next_draft_length(
-                length, drafted=len(draft), accepted=accepted, longest=self.config.max_draft_tokens
-            )
             pending = self.output[-1:]
         return False
 
@@ -228,13 +224,15 @@ class _Run:
         best = int(others.argmax())
         return best if others[best] - logits[keep_id] > self.config.edit_margin else keep_id
 
-    def _draft(self, length: int) -> Ids:
-        count = min(length, self.room - len(self.output) - 1)  # a forward writes one more than it accepts
+    def _draft(self) -> Ids:
+        count = self.room - len(self.output) - 1  # a forward writes one more than it accepts
         if count < 1:
             return []
-        draft = propose(self.alignment, prompt=self.prompt, output=self.output, count=count)
-        # The last token before end-of-text already foretells it; nothing is to be run after it.
-        return draft[: draft.index(self.eos_id)] if self.eos_id in draft else draft
+        if not self.forwards:  # the first try is the whole reference
+            return self.alignment.reference[:-1][:count]
+        if self.drafter is None:  # an unchanged answer never comes here
+            self.drafter = Drafter(self.alignment, self.prompt, end=self.eos_id)
+        return self.drafter.propose(self.output, min(count, self.config.max_draft_tokens))
 
     def _forward(self, pending: Ids, draft: Ids) -> Scores:
         self.forwards += 1

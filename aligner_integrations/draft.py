@@ -1,93 +1,109 @@
-"""Where in the reference are we, and what comes next: pure functions of token lists.
+"""Where in the reference are we, and what comes next: from lists of tokens alone.
 
 A correction is mostly a copy of its reference, the original answer. After an edit the copy goes on
 somewhere else in the reference: one token further (a substitution), at the same place (an
 insertion) or further on (a deletion). Which of them is not known at once. `Alignment` keeps several
-hypotheses with scores, and drafts from the best: every hypothesis moves one token further at a
+hypotheses with scores and foretells by the best: every hypothesis moves one token further at a
 mismatch, and wherever the reference holds the token that was written a new one begins. Those that
 go on to match outgrow the others, so the longest match wins, and among equals the nearest.
+
+Where the reference has not been copied lately, `Drafter` asks what followed the same tokens earlier in
+prompt and output instead, and it drafts as far as there is a chance that the model writes that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import log
 
 from aligner_integrations.backends.base import Ids
 
-# Log odds, in nats. Chosen by simulation over substitutions, insertions and deletions of 1 to 8
-# tokens at edit rates of 2 to 20 %; forwards change by less than 3 % within a factor of 2 of each.
+# Log odds, in nats. Chosen, as all constants here, by counting forwards over corrections of sentences and
+# answers (`aligner bench --replay`); these change by less than 1 % within a factor of 2 of each.
 _SUBSTITUTED = -1.0
-_JUMPED = -2.0
+_INSERTED = -1.0
+_JUMPED = -3.0
 _JUMPED_FAR = -0.15  # for each token of distance
+_JUMPED_BACK = -0.5  # for each of the last hits, up to 8: who copies in order seldom goes back
 _MATCHED_MAX = 4.0
 _KEPT_HYPOTHESES = 8
 _HOPELESS = 8.0  # a hypothesis this far behind the best is dropped
-_LOST = 4  # mismatches in a row after which looking elsewhere is worth more
 
-_SHORTEST_DRAFT = 8  # below this a longer draft costs next to nothing
-_LOST_DRAFT = 2  # enough to notice that the reference is found again
-_LOOKUP_SHORTEST = 2  # an end of one token says too little
-_LOOKUP_LONGEST = 4
+_MOST_CREDIT = 16
+_TRUSTED = 4  # with this much credit the reference alone foretells
+_HEARD = 2  # with less it has no say
+_LONGEST_CONTEXT = 4
+_PLACES = 64  # of a token's places, the last so many are looked at
+_FORETOLD_VOTES = 2.0
+_FAMILIAR = 0.3
+_WORTHWHILE = 0.016  # a draft ends where the chance to get that far is less
+_PRIOR_WEIGHT = 20.0  # in guesses
 
 
 class Alignment:
     """The place in a reference that the output has reached.
 
     Its state depends on the tokens pushed and on nothing else. So the same output leads to the same
-    state whether it was written token by token or in drafts of any length.
+    state whether it was written token by token or in drafts of any length. `credit` says how well the
+    reference foretold the last tokens: one more for each hit, half of it for a miss.
     """
 
     def __init__(self, reference: Sequence[int], *, end: int) -> None:
-        self._reference = [*reference, end]
+        self.reference = [*reference, end]
         self._places: dict[int, list[int]] = {}
-        for place, token in enumerate(self._reference):
+        for place, token in enumerate(self.reference):
             self._places.setdefault(token, []).append(place)
         self._hypotheses: list[tuple[int, float]] = [(0, 0.0)]
-        self._misses = 0
+        self.credit = _MOST_CREDIT // 2
 
     @property
-    def lost(self) -> bool:
-        """Whether the reference has failed to foretell the last few tokens."""
-        return self._misses >= _LOST
+    def place(self) -> int:
+        """How far into the reference the output has come."""
+        return self._hypotheses[0][0]
 
     def next(self) -> int | None:
         """Return the token that the reference foretells, `None` past its end."""
-        place = self._hypotheses[0][0]
-        return self._reference[place] if place < len(self._reference) else None
-
-    def ahead(self, count: int) -> Ids:
-        """Return up to `count` tokens that the reference foretells."""
-        place = self._hypotheses[0][0]
-        return self._reference[place : place + count]
+        return self.reference[self.place] if self.place < len(self.reference) else None
 
     def push(self, token: int) -> None:
         """Take in the next token of the output."""
-        hit = self.next() == token
+        hit, before = self.next() == token, self.credit
+        self.credit = credit_after(before, hit=hit)
         if hit and len(self._hypotheses) == 1:
-            self._hypotheses = [(self._hypotheses[0][0] + 1, 0.0)]
-            self._misses = 0
+            self._hypotheses = [(self.place + 1, 0.0)]
             return
-        self._misses = 0 if hit else self._misses + 1
         scores: dict[int, float] = {}
         matched = self._worth(token)
         for place, score in self._hypotheses:
-            if self._reference[place : place + 1] == [token]:
+            if self.reference[place : place + 1] == [token]:
                 _improve(scores, place + 1, score + matched)
             else:
-                _improve(scores, min(place + 1, len(self._reference)), score + _SUBSTITUTED)
+                _improve(scores, min(place + 1, len(self.reference)), score + _SUBSTITUTED)
         if not hit:
-            here, score = self._hypotheses[0]
             for place in self._places.get(token, ()):
-                _improve(scores, place + 1, score + matched + _JUMPED + _JUMPED_FAR * abs(place - here))
+                _improve(scores, place + 1, matched + self._jump(place, before))
         ranked = sorted(scores.items(), key=lambda item: -item[1])[:_KEPT_HYPOTHESES]
         best = ranked[0][1]
         self._hypotheses = [(place, score - best) for place, score in ranked if best - score < _HOPELESS]
 
+    def _jump(self, place: int, credit: int) -> float:
+        """Return how likely the output has gone to `place`, not on from where it was."""
+        here = self.place
+        if place == here - 1:  # what the miss before seemed to replace: that one was inserted
+            return _INSERTED
+        back = _JUMPED_BACK * min(credit, 8) if place < here else 0.0
+        return _JUMPED + _JUMPED_FAR * abs(place - here) + back
+
     def _worth(self, token: int) -> float:
         """Return how much a match of `token` tells: rare tokens tell more."""
         found = len(self._places.get(token, ()))
-        return min(_MATCHED_MAX, log((len(self._reference) + 1) / found)) if found else 0.0
+        return min(_MATCHED_MAX, log((len(self.reference) + 1) / found)) if found else 0.0
+
+
+def credit_after(credit: int, *, hit: bool) -> int:
+    """Return the credit of a reference that has, or has not, foretold one more token."""
+    return min(_MOST_CREDIT, credit + 1) if hit else credit // 2
 
 
 def _improve(scores: dict[int, float], place: int, score: float) -> None:
@@ -95,43 +111,139 @@ def _improve(scores: dict[int, float], place: int, score: float) -> None:
         scores[place] = score
 
 
-def propose(alignment: Alignment, *, prompt: Sequence[int], output: Sequence[int], count: int) -> Ids:
-    """Return up to `count` tokens: from the reference, or while that is lost from elsewhere."""
-    if alignment.lost:
-        return look_up((prompt,), output, count) or alignment.ahead(min(count, _LOST_DRAFT))
-    return alignment.ahead(count)
+@dataclass(frozen=True, slots=True)
+class _Guess:
+    """A token, and what speaks for it.
 
-
-def look_up(texts: Sequence[Sequence[int]], output: Sequence[int], count: int) -> Ids:
-    """Return up to `count` tokens that followed the end of `output` elsewhere, or nothing.
-
-    The longest end of `output` that occurs earlier in `output` itself or in one of `texts` wins;
-    among equals the last occurrence in the first of them.
+    `context` is how many tokens it followed before, 0 for none; `alone` whether nothing else did;
+    `foretold` whether the reference says so too; `credit` is the reference's where it alone says so.
     """
-    if len(output) < _LOOKUP_SHORTEST:
-        return []
-    longest, found = _LOOKUP_SHORTEST - 1, list[int]()
-    end = list(output[-_LOOKUP_LONGEST:])
-    for text in (output, *texts):
-        for place in range(len(text) - 1, 0, -1):
-            if text[place - 1] != end[-1]:
+
+    token: int
+    context: int = 0
+    alone: bool = False
+    foretold: bool = False
+    credit: int = 0
+
+    @property
+    def grounds(self) -> tuple[int, bool, bool, int]:
+        return self.context, self.alone, self.foretold, self.credit
+
+    def prior(self) -> float:
+        """Return how often such a guess is right, before anything is known of this text."""
+        if self.credit:
+            return 0.98 if self.credit == _MOST_CREDIT else 0.94 if self.credit > 8 else 0.7
+        if not self.context:
+            return 0.05
+        if self.alone:
+            return 0.17 + 0.1 * self.context + 0.2 * self.foretold
+        return 0.1 + 0.03 * self.context + 0.1 * self.foretold
+
+
+class Drafter:
+    """Drafts what may come after an output; belongs to one decoding.
+
+    A draft changes how many forwards are needed and never what is written, so it may use anything.
+    """
+
+    def __init__(self, alignment: Alignment, prompt: Sequence[int], *, end: int) -> None:
+        self._alignment = alignment
+        self._end = end
+        self._text: Ids = []
+        self._after: dict[int, list[int]] = {}  # token -> the places right after it
+        self._pairs: set[tuple[int, int]] = set()
+        self._company: dict[int, int] = {}  # token -> how many different tokens it has followed
+        self._commonest = end  # of the tokens seen, which has the most company; the end for none
+        self._output_start = len(prompt)
+        self._tried: list[_Guess] = []
+        self._found: dict[tuple[int, bool, bool, int], tuple[int, int]] = {}  # grounds -> guesses, hits
+        for token in prompt:
+            self._add(token)
+
+    def propose(self, output: Sequence[int], count: int) -> Ids:
+        """Return up to `count` tokens that may follow `output`, which has grown since the last call.
+
+        End-of-text is not among them: what comes before it foretells it, without a forward.
+        """
+        self._catch_up(output)
+        reference, place = self._alignment.reference, self._alignment.place
+        credit, context, chance = self._alignment.credit, self._text[-_LONGEST_CONTEXT:], 1.0
+        draft: Ids = []
+        while len(draft) < count:
+            foretold = reference[place] if place < len(reference) else None
+            guess = self._guess(context, foretold, credit)
+            if guess is None:
+                break
+            self._tried.append(guess)
+            chance *= self._chance(guess)
+            if chance < _WORTHWHILE:
+                break
+            draft.append(guess.token)
+            context = [*context[1 - _LONGEST_CONTEXT :], guess.token]
+            credit = credit_after(credit, hit=guess.token == foretold)
+            place += 1
+        return draft
+
+    def _catch_up(self, output: Sequence[int]) -> None:
+        """Take in what was written since, and how the guesses fared."""
+        written = output[len(self._text) - self._output_start :]
+        for guess, token in zip(self._tried, written, strict=False):
+            guesses, hits = self._found.get(guess.grounds, (0, 0))
+            self._found[guess.grounds] = guesses + 1, hits + (guess.token == token)
+            if guess.token != token:
+                break
+        self._tried = []
+        for token in written:
+            self._add(token)
+
+    def _add(self, token: int) -> None:
+        if self._text and (pair := (self._text[-1], token)) not in self._pairs:
+            self._pairs.add(pair)
+            company = self._company[token] = self._company.get(token, 0) + 1
+            if token != self._end and company >= self._company.get(self._commonest, 0):
+                self._commonest = token
+        self._text.append(token)
+        self._after.setdefault(token, []).append(len(self._text))
+
+    def _chance(self, guess: _Guess) -> float:
+        guesses, hits = self._found.get(guess.grounds, (0, 0))
+        return (hits + _PRIOR_WEIGHT * guess.prior()) / (guesses + _PRIOR_WEIGHT)
+
+    def _guess(self, context: Ids, foretold: int | None, credit: int) -> _Guess | None:
+        if foretold == self._end:
+            foretold = None
+        if foretold is not None and credit >= _TRUSTED:
+            return _Guess(foretold, credit=credit)
+        length, votes = self._votes(context)
+        if not votes:
+            if foretold is not None and credit >= _HEARD:
+                return _Guess(foretold, credit=credit)
+            return None if self._commonest == self._end else _Guess(self._commonest)
+        alone = len(votes) == 1
+        if foretold is not None and (foretold in votes or (length == 1 and credit >= _HEARD)):
+            votes[foretold] = votes.get(foretold, 0.0) + _FORETOLD_VOTES
+        # What has followed many different tokens is likelier to follow this one (Kneser and Ney 1995).
+        for token in votes:
+            votes[token] *= (1 + self._company.get(token, 0)) ** _FAMILIAR
+        best = max(reversed(votes), key=votes.__getitem__)  # of equals, the one seen last
+        return _Guess(best, length, alone, best == foretold)
+
+    def _votes(self, context: Ids) -> tuple[int, dict[int, float]]:
+        """Return the length of the longest end of `context` that was seen before, and what followed it."""
+        text, longest, votes = self._text, 0, dict[int, float]()
+        if not context:
+            return 0, votes
+        for place in self._after.get(context[-1], ())[-_PLACES:]:
+            if place >= len(text) or text[place] == self._end:
                 continue
-            size = 1
-            while size < min(len(end), place) and text[place - 1 - size] == end[-1 - size]:
-                size += 1
-            if size > longest and place < len(text):
-                longest, found = size, list(text[place : place + count])
-    return found
-
-
-def next_draft_length(length: int, *, drafted: int, accepted: int, longest: int) -> int:
-    """Return how many tokens to draft next: more after a success, fewer after a rejection.
-
-    `length` is how many were wished for last, which may be more than there were to draft.
-    """
-    if accepted == drafted:
-        return min(longest, max(_SHORTEST_DRAFT, length, 2 * drafted))
-    return min(longest, max(_SHORTEST_DRAFT, length // 2, 2 * accepted))
+            length = 1
+            while length < min(len(context), place) and text[place - 1 - length] == context[-1 - length]:
+                length += 1
+            if length > longest:
+                longest, votes = length, {}
+            if length == longest:
+                votes[text[place]] = votes.get(text[place], 0.0) + 1.0
+        return longest, votes
 
 
 def common_start(left: Sequence[int], right: Sequence[int]) -> int:

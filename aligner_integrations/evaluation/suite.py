@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -27,31 +26,6 @@ class Report(Protocol):
     def shown(self) -> dict[str, dict[str, str]]:
         """Return titles with rows of text, for people."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Counts of a replay, which is deterministic: as they are, by their path for people."""
-
-    counts: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        return self.counts
-
-    def shown(self) -> dict[str, dict[str, str]]:
-        """Return a row for each number."""
-        return {"replay": dict(_paths(self.counts))}
-
-
-def _paths(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the leaves of plain data, each with its path as its name."""
-    if isinstance(value, dict | list | tuple):
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, inner in pairs:
-            yield from _paths(inner, f"{name} {key}".strip())
-    else:
-        yield name, f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def run_suite(
@@ -86,7 +60,7 @@ def run_suite(
     if data is not None:
         from aligner_integrations.evaluation.replay import run_replay
 
-        return [Counts(run_replay(data).to_dict())]
+        return [run_replay(data)]
     if plots is not None:
         from aligner_integrations.evaluation.plots import write_plots  # first: to fail before it is measured
     reports: list[Report] = []

@@ -237,12 +237,17 @@ def describe(
         "provider": backend.provider,
         "threads": threads or available_cores(),
         "python": platform.python_version(),
-        **{name: version for name in _PACKAGES if (version := _version(name))},
+        **package_versions(),
         "machine": platform.machine(),
         "cpus": os.cpu_count() or 0,
         "load_average": str(os.getloadavg()[0]) if hasattr(os, "getloadavg") else "",
         **chosen,
     }
+
+
+def package_versions() -> Setting:
+    """Return the versions of what is installed of the packages that matter."""
+    return {name: version for name in _PACKAGES if (version := _version(name))}
 
 
 def _version(package: str) -> str | None:

@@ -26,7 +26,8 @@ def lines_of(name: str, measured: BenchReport) -> dict[str, Line2D]:
 
 
 def points(line: Line2D) -> list[tuple[float, float]]:
-    return [(float(x), float(y)) for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)]
+    pairs: list[list[float]] = np.asarray(line.get_xydata(), dtype=float).tolist()
+    return [(x, y) for x, y in pairs]
 
 
 def test_the_lines_are_the_report() -> None:
