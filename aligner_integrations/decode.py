@@ -25,7 +25,7 @@ import numpy as np
 from aligner_integrations.backends.base import Backend, Batching, Ids, Logits, Row, Scores
 from aligner_integrations.config import DecodeConfig
 from aligner_integrations.correction import DecodeStats
-from aligner_integrations.draft import Alignment, Drafter, common_start
+from aligner_integrations.draft import ON_ACCELERATOR, ON_CPU, Alignment, Drafter, common_start
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,7 @@ class PromptCache:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
+        self._batching = backend if isinstance(backend, Batching) else None  # the question takes its time
         self._kv = backend.make_cache()
         self.ids: Ids = []
 
@@ -69,8 +70,8 @@ class PromptCache:
     def forward(self, ids: Ids, *, last: int) -> Scores:
         """Run `ids` and append them. A forward that fails leaves the cache empty, not half written."""
         try:
-            if isinstance(self._backend, Batching):
-                scores = self._backend.score([Row(ids, self._kv, last)])[0]
+            if self._batching is not None:
+                scores = self._batching.score([Row(ids, self._kv, last)])[0]
             else:
                 scores = Scores.of(self._backend.forward(ids, self._kv, last=last), ids)
         except BaseException:
@@ -231,7 +232,8 @@ class _Run:
         if not self.forwards:  # the first try is the whole reference
             return self.alignment.reference[:-1][:count]
         if self.drafter is None:  # an unchanged answer never comes here
-            self.drafter = Drafter(self.alignment, self.prompt, end=self.eos_id)
+            cost = ON_CPU if "cpu" in self.backend.provider.lower() else ON_ACCELERATOR
+            self.drafter = Drafter(self.alignment, self.prompt, end=self.eos_id, cost=cost)
         return self.drafter.propose(self.output, min(count, self.config.max_draft_tokens))
 
     def _forward(self, pending: Ids, draft: Ids) -> Scores:

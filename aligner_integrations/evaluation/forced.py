@@ -54,6 +54,7 @@ class ForcedOutput:
 
     def __init__(self, inner: Backend, *texts: Ids) -> None:
         self._inner = inner
+        self._batching = inner if isinstance(inner, Batching) else None
         self._texts = texts
         self.blocks: list[Block] = []
 
@@ -70,7 +71,7 @@ class ForcedOutput:
     @property
     def batches(self) -> bool:
         """Whether rows share a forward of the inner backend."""
-        return isinstance(self._inner, Batching) and self._inner.batches
+        return self._batching is not None and self._batching.batches
 
     def for_batches(self) -> tuple[Backend, int]:
         """Return what the inner backend runs a batch of texts on, forced likewise."""
@@ -96,10 +97,10 @@ class ForcedOutput:
 
     def score(self, rows: Sequence[Row]) -> list[Scores]:
         """Run the inner backend, by one forward for all rows if it can; see `forward`."""
-        if not isinstance(self._inner, Batching):
+        if self._batching is None:
             return [Scores.of(self.forward(row.ids, row.cache, last=row.last), row.ids) for row in rows]
         caches = [cast(KnownCache, row.cache) for row in rows]
-        found = self._inner.score(
+        found = self._batching.score(
             [replace(row, cache=cache.inner) for row, cache in zip(rows, caches, strict=True)]
         )
         return [

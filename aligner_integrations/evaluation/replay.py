@@ -52,6 +52,8 @@ class Triple:
 class ReplayCounts:
     """What the corrections of one source took; end-of-text counts as a token.
 
+    Drafts are as long as they are on an accelerator; on a CPU, where tokens do not ride along for free, they
+    are shorter, and `cpu_tokens_per_forward` and `cpu_drafted_per_token` are for those.
     `lookup_tokens_per_forward` is for transformers' prompt lookup with drafts of ten tokens, and
     `best_copy_tokens_per_forward` for one that always drafts the stretch of the answer that goes on longest.
     """
@@ -64,6 +66,8 @@ class ReplayCounts:
     drafted: int
     tokens_per_forward: float
     drafted_per_token: float
+    cpu_tokens_per_forward: float
+    cpu_drafted_per_token: float
     lookup_tokens_per_forward: float
     best_copy_tokens_per_forward: float
     goal: float | None
@@ -87,13 +91,15 @@ class ReplayReport:
             "tokens per forward": {
                 each.source: f"{each.tokens_per_forward:.2f}"
                 + ("" if each.goal is None else f", asked: >= {each.goal:g}")
+                + f"; as on a CPU {each.cpu_tokens_per_forward:.2f}"
                 + f"; prompt lookup {each.lookup_tokens_per_forward:.2f}"
                 + f", best copy of the answer {each.best_copy_tokens_per_forward:.2f}"
                 for each in self.sources
             },
             "drafted per token": {
                 each.source: f"{each.drafted_per_token:.2f}, asked: <= {_MOST_DRAFTED:g}"
-                f" ({each.rows} rows, {each.unchanged} of them unchanged, {each.tokens} tokens)"
+                + f"; as on a CPU {each.cpu_drafted_per_token:.2f}"
+                + f" ({each.rows} rows, {each.unchanged} unchanged, {each.tokens} tokens)"
                 for each in self.sources
             },
         }
@@ -124,10 +130,9 @@ def run_replay(data: Path, *, rows_a_source: int = 1500) -> ReplayReport:
 
 def count(source: str, triples: Sequence[Triple], eos_id: int) -> ReplayCounts:
     """Count what guided decoding, prompt lookup and the best copy take for `triples`."""
-    stats = [_replayed(triple, eos_id) for triple in triples]
     tokens = sum(len(triple.correction) + 1 for triple in triples)
-    forwards = sum(taken for taken, _ in stats)
-    drafted = sum(drafts for _, drafts in stats)
+    forwards, drafted = _replayed(triples, eos_id, "accelerator")
+    cpu_forwards, cpu_drafted = _replayed(triples, eos_id, "cpu")
     return ReplayCounts(
         source=source,
         rows=len(triples),
@@ -137,25 +142,31 @@ def count(source: str, triples: Sequence[Triple], eos_id: int) -> ReplayCounts:
         drafted=drafted,
         tokens_per_forward=tokens / forwards,
         drafted_per_token=drafted / tokens,
+        cpu_tokens_per_forward=tokens / cpu_forwards,
+        cpu_drafted_per_token=cpu_drafted / tokens,
         lookup_tokens_per_forward=tokens / sum(looked_up(triple, eos_id) for triple in triples),
         best_copy_tokens_per_forward=tokens / sum(best_copy(triple, eos_id) for triple in triples),
         goal=_GOALS.get(source),
     )
 
 
-def _replayed(triple: Triple, eos_id: int) -> tuple[int, int]:
+def _replayed(triples: Sequence[Triple], eos_id: int, provider: str) -> tuple[int, int]:
     """Return the forwards and the drafted tokens of guided decoding."""
-    decoded = draft_decode(
-        ForcedOutput(_Nothing(), [*triple.prompt, *triple.correction, eos_id]),
-        triple.prompt,
-        triple.answer,
-        config=DecodeConfig(),
-        eos_id=eos_id,
-        max_new_tokens=len(triple.correction) + 1,
-    )
-    if decoded.ids != triple.correction:
-        raise RuntimeError("guided decoding wrote something else than it was told to")
-    return decoded.stats.forwards, decoded.stats.drafted_tokens
+    forwards = drafted = 0
+    for triple in triples:
+        decoded = draft_decode(
+            ForcedOutput(_Nothing(provider), [*triple.prompt, *triple.correction, eos_id]),
+            triple.prompt,
+            triple.answer,
+            config=DecodeConfig(),
+            eos_id=eos_id,
+            max_new_tokens=len(triple.correction) + 1,
+        )
+        if decoded.ids != triple.correction:
+            raise RuntimeError("guided decoding wrote something else than it was told to; please report it")
+        forwards += decoded.stats.forwards
+        drafted += decoded.stats.drafted_tokens
+    return forwards, drafted
 
 
 def looked_up(triple: Triple, eos_id: int) -> int:
@@ -191,8 +202,11 @@ def best_copy(triple: Triple, eos_id: int) -> int:
 class _Nothing:
     """A backend without a network: what it would say is forced anyway."""
 
-    name = provider = "none"
+    name = "none"
     batches = False
+
+    def __init__(self, provider: str) -> None:
+        self.provider = provider
 
     def make_cache(self) -> _Length:
         """Return a cache that holds a length."""
