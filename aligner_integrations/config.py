@@ -20,7 +20,11 @@ class DecodeConfig:
     beats it by no more than this; 0 is plain greedy decoding. `max_new_tokens` and
     `max_draft_tokens` count tokens; `None` for `max_new_tokens` means as far as the context
     allows. `draft=False` decodes token by token, with the same result.
-    `temperature`, `top_p`, `top_k` and `seed` ask for sampling.
+
+    `temperature` above 0 asks for sampling: where the margin does not let a token of the original stay,
+    one is drawn, from the `top_k` best (0 for all) and of those the fewest whose chances reach `top_p`.
+    The same `seed` draws the same each time, for each text by itself; `None` never the same twice. At
+    temperature 0 the three have no effect. With an `edit_margin` of 0 this is plain sampling.
     """
 
     max_new_tokens: int | None = None
@@ -39,10 +43,15 @@ class DecodeConfig:
             raise ValueError(f"max_draft_tokens must be at least 1, got {self.max_draft_tokens}")
         if not self.edit_margin >= 0.0:
             raise ValueError(f"edit_margin is in logits and must be >= 0, got {self.edit_margin}")
-        if self.temperature != 0.0:
+        if not 0.0 <= self.temperature < float("inf"):
             raise ValueError(
-                f"temperature={self.temperature}: sampling is not available yet; use temperature=0.0 (greedy)"
+                f"temperature must be 0 (greedy) or a finite number above, got {self.temperature}"
             )
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must be above 0 and at most 1 (all tokens), got {self.top_p}")
+        for name, value in (("top_k", self.top_k), ("seed", 0 if self.seed is None else self.seed)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be a whole number from 0, got {value!r}")
 
 
 @dataclass(frozen=True, slots=True)

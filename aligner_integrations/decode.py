@@ -1,16 +1,17 @@
-"""Greedy decoding, plain and guided by a reference: ids in, ids out.
+"""Decoding, plain and guided by a reference: ids in, ids out.
 
 Both functions choose every token by the same rule, so they return the same ids; `draft_decode` only
 needs fewer forwards. The rule, with `reference` the tokens of the original answer:
 
-* the token is the one with the best logit;
+* the token is the one with the best logit, or above temperature 0 one that is drawn (`sampling.py`);
 * unless the place reached in the reference foretells another one, and the best beats that one by no
   more than the draft margin: then the foretold token stays;
 * with a keep token, the first choice is between it and the best other token: keep unless the other
-  beats it by more than `config.edit_margin`. The keep token is never written after that.
+  beats it by more than `config.edit_margin`. The keep token is never written after that. Above
+  temperature 0 and without a margin that choice is drawn like any other.
 
-With margins of 0 this is plain greedy decoding. The same ids means: as far as a forward over many
-tokens rounds like forwards over one, which fp32 does up to near-ties.
+With margins of 0 this is plain greedy decoding, or plain sampling. The same ids means: as far as a
+forward over many tokens rounds like forwards over one, which fp32 does up to near-ties.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from aligner_integrations.backends.base import Backend, Batching, Ids, Logits, R
 from aligner_integrations.config import DecodeConfig
 from aligner_integrations.correction import DecodeStats
 from aligner_integrations.draft import ON_ACCELERATOR, ON_CPU, Alignment, Drafter, common_start
+from aligner_integrations.sampling import Sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +167,7 @@ class _Run:
     alignment: Alignment = field(init=False)
     room: int = field(init=False)  # tokens that may be written in all
     drafter: Drafter | None = None
+    sampler: Sampler | None = field(init=False)  # None at temperature 0
     output: Ids = field(default_factory=list)
     forwards: int = 0
     drafted: int = 0
@@ -179,6 +182,7 @@ class _Run:
         # Nothing after an end-of-text can be reached, so a reference that holds one ends there.
         end = self.reference.index(self.eos_id) if self.eos_id in self.reference else len(self.reference)
         self.alignment = Alignment(self.reference[:end], end=self.eos_id)
+        self.sampler = Sampler(self.config) if self.config.temperature > 0 else None
 
     def decode(self) -> Decoded:
         started = perf_counter()
@@ -221,9 +225,13 @@ class _Run:
 
     def _decide(self, logits: Logits, keep_id: int) -> int:
         """Choose between the keep token and the best other one."""
+        if self.sampler is not None and self.config.edit_margin == 0:
+            return self.sampler.draw(logits)
         others = _without(logits, keep_id)
         best = int(others.argmax())
-        return best if others[best] - logits[keep_id] > self.config.edit_margin else keep_id
+        if others[best] - logits[keep_id] <= self.config.edit_margin:
+            return keep_id
+        return best if self.sampler is None else self.sampler.draw(others)
 
     def _draft(self) -> Ids:
         count = self.room - len(self.output) - 1  # a forward writes one more than it accepts
@@ -251,7 +259,7 @@ class _Run:
         return len(draft)
 
     def _choose(self, scores: Scores, place: int, drafted: int | None) -> int:
-        """Return the token the reference foretells if the margin lets it stay, else the best."""
+        """Return the token that the reference foretells if the margin lets it stay, else one by the rule."""
         best, best_logit = scores.best[place], scores.best_logits[place]
         if best == self.keep_id:
             others = _without(scores.row(place), best)
@@ -263,7 +271,12 @@ class _Run:
                 known = scores.next_logits[place] if foretold == drafted else scores.row(place)[foretold]
                 if best_logit - known <= self.draft_margin:
                     return foretold
-        return best
+            elif foretold == best:
+                return best
+        if self.sampler is None:
+            return best
+        logits = scores.row(place)
+        return self.sampler.draw(logits if self.keep_id is None else _without(logits, self.keep_id))
 
     def _emit(self, token: int) -> None:
         self.output.append(token)
