@@ -46,6 +46,8 @@ _SMALL_MODEL = 256 * 2**20
 # Tokens that go through the graph at a time. Attention written out takes heads x block x all places, and a
 # block of this length keeps both cores and an accelerator busy.
 _BLOCK = 512
+# On the CPU a row of more ids than this keeps it busy alone, and padding it to the longest costs time.
+_FEW = 16
 
 
 class OnnxBackend:
@@ -135,14 +137,21 @@ class OnnxBackend:
     def score(self, rows: Sequence[Row]) -> list[Scores]:
         """Run all rows and return the scores of each.
 
-        Rows go through the graph together where it can mask what pads them: ONNX Runtime's fused attention
-        cannot, behind a cache.
+        Rows go through the graph together where that is faster, and where it can mask what pads them: ONNX
+        Runtime's fused attention cannot, behind a cache.
         """
         for row in rows:
             _check_last(row)
-        if len(rows) > 1 and self.batches:
-            return self._advance_together(rows)
-        return [_joined(self._advance(row), row.ids) for row in rows]
+        joined = [at for at, row in enumerate(rows) if self._gains_by_company(row)]
+        found: dict[int, Scores] = {}
+        if len(joined) > 1:
+            found = dict(zip(joined, self._advance_together([rows[at] for at in joined]), strict=True))
+        return [
+            found[at] if at in found else _joined(self._advance(row), row.ids) for at, row in enumerate(rows)
+        ]
+
+    def _gains_by_company(self, row: Row) -> bool:
+        return self.batches and (self.provider != FULL_NAMES["cpu"] or len(row.ids) <= _FEW)
 
     @property
     def batches(self) -> bool:
