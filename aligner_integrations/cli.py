@@ -124,11 +124,11 @@ def stream(
 
 
 @app.command()
-def doctor(model: ModelOption = None, as_json: JsonOption = False) -> None:
+def doctor(model: ModelOption = None, template: TemplateOption = None, as_json: JsonOption = False) -> None:
     """Say what is installed and which providers really load, and correct one sentence as a check."""
     from aligner_integrations.doctor import examine
 
-    report, failure = examine(model)
+    report, failure = examine(model, template=template)
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
     else:

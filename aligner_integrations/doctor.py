@@ -23,19 +23,22 @@ _PACKAGES = (
 )
 
 
-def examine(model: str | None = None) -> tuple[dict[str, dict[str, str]], AlignerError | None]:
+def examine(
+    model: str | None = None, *, template: str | None = None
+) -> tuple[dict[str, dict[str, str]], AlignerError | None]:
     """Return what was found, by subject, and the error that stopped the search, if one did.
 
     What was found is worth showing also when the model is what ails.
     """
     report = {"versions": _versions(), "cache": _caches()}
     try:
-        aligner = Aligner.from_pretrained(model)
+        aligner = Aligner.from_pretrained(model, template=template)
     except AlignerError as error:
-        report["providers"] = _providers(None)
+        report["providers"] = _providers(None, None)
         return report, error
     # A checkpoint for PyTorch says nothing about providers; the bundled model does.
-    report["providers"] = _providers(model if aligner.backend.name == "onnx" else None)
+    told = (model, template) if aligner.backend.name == "onnx" else (None, None)
+    report["providers"] = _providers(*told)
     try:
         report["model"] = _model(aligner, model)
     except AlignerError as error:
@@ -77,13 +80,13 @@ def _size(folder: Path) -> str:  # the hub's snapshots are links to its blobs, n
     return f"{sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
 
 
-def _providers(model: str | None) -> dict[str, str]:
+def _providers(model: str | None, template: str | None) -> dict[str, str]:
     """Load the model on each provider: that one is listed does not mean that it runs."""
     found: dict[str, str] = {}
     for name in FULL_NAMES:
         try:
-            backend = Aligner.from_pretrained(model, backend="onnx", provider=name).backend
-            found[name] = f"loads ({backend.provider})"
+            aligner = Aligner.from_pretrained(model, template=template, backend="onnx", provider=name)
+            found[name] = f"loads ({aligner.backend.provider})"
         except AlignerError as error:
             found[name] = f"does not load: {_line(error)}"
     return found

@@ -13,6 +13,7 @@ import pytest
 
 from aligner_integrations import Aligner, Edit
 from aligner_integrations.cli import main, marked
+from tests.checkpoints import plain_onnx
 
 QUESTION = "A farmer has 56 cows and sells 14. How many are left?"
 ANSWER = "The farmer now has 56-14 = 420 cows.  He is content."
@@ -131,6 +132,18 @@ def test_doctor_says_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "providers\tcpu\tloads (CPUExecutionProvider)" in capsys.readouterr().out.splitlines()
 
 
+def test_doctor_takes_the_template_of_a_model_that_does_not_say_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = str(plain_onnx("llama"))
+    assert main(["doctor", "--model", folder]) == 1
+    assert "template=" in capsys.readouterr().err
+    assert main(["doctor", "--model", folder, "--template", "aligner-v1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["model"]["template"] == "aligner-v1"
+    assert report["providers"]["cpu"] == "loads (CPUExecutionProvider)"
+
+
 def test_doctor_tells_what_it_found_when_the_model_ails(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +151,13 @@ def test_doctor_tells_what_it_found_when_the_model_ails(
     printed = capsys.readouterr()
     assert "versions\tnumpy\t" in printed.out
     assert printed.err.startswith("aligner: ") and printed.err.count("\n") == 1
+
+
+def test_what_bench_cannot_measure_together_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--batch", "--memory"]) == 2
+    assert "exclude each other" in capsys.readouterr().err
+    assert main(["bench", "--replay"]) == 1
+    assert "data" in capsys.readouterr().err
 
 
 def test_bench_reports_the_ratios(capsys: pytest.CaptureFixture[str]) -> None:
