@@ -197,7 +197,9 @@ def bench(
 
 @app.command(name="export")
 def export_model(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder with config, tokenizer and safetensors.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="Folder with config, tokenizer and safetensors, or hub name OWNER/NAME.")
+    ],
     out: Annotated[Path, typer.Argument(help="The model folder to make.")],
     dtype: Annotated[
         Literal["fp32", "fp16", "int8", "int8-dynamic"],

@@ -28,7 +28,7 @@ from aligner_integrations.errors import MissingDependencyError, ModelLoadError
 from aligner_integrations.evaluation.parity import Parity, measure_parity
 from aligner_integrations.llama_graph import can_fuse, write_llama_graph
 from aligner_integrations.logit_graph import narrow_logits
-from aligner_integrations.model_folder import choose_backend
+from aligner_integrations.model_folder import HubOptions, choose_backend, find_checkpoint
 from aligner_integrations.stored_weights import CheckpointWeights, Dtype, store_weights, take_weights
 from aligner_integrations.template import CorrectionTemplate
 
@@ -93,7 +93,7 @@ class ExportReport:
 
 
 def export_checkpoint(
-    checkpoint: Path,
+    checkpoint: str | Path,
     out: Path,
     *,
     config: AlignerConfig | None = None,
@@ -102,13 +102,15 @@ def export_checkpoint(
     opset: int = 18,
     attention: Attention = "fused",
     overwrite: bool = False,
+    hub: HubOptions | None = None,
 ) -> ExportReport:
     """Export a checkpoint to the model folder `out`, once its graph is found to follow the checkpoint.
 
     The folder is made beside `out` and put in place at the end: what fails leaves nothing behind.
 
     Args:
-        checkpoint: a folder with `config.json`, `tokenizer.json` and weights as safetensors.
+        checkpoint: a folder with `config.json`, `tokenizer.json` and weights as safetensors, or the name of
+            such a repository on the hub.
         out: the folder to make; it may exist only if it is empty, or with `overwrite`.
         config: what `aligner.json` is to say; the checkpoint's own is taken without it, if there is one.
             The context (`max_length`) is always the checkpoint's.
@@ -120,15 +122,20 @@ def export_checkpoint(
         opset: the version of ONNX's operators.
         attention: `"fused"` into one node where the architecture allows it, or `"plain"`, for TensorRT.
         overwrite: whether an existing `out` is replaced.
+        hub: how to fetch a repository.
 
     Raises:
-        ModelLoadError: the checkpoint lacks a file or is of an unknown kind, or its graph differs from it.
+        ModelLoadError: the repository cannot be fetched, the checkpoint lacks a file or is of an unknown
+            kind, or its graph differs from it.
         TemplateError: there is no such template.
         OSError: `out` cannot be written, or is there already.
         ValueError: `dtype`, `opset` or `attention` is none of those.
     """
     _check_options(dtype, opset, attention)
+    checkpoint, known = find_checkpoint(checkpoint, hub or HubOptions())
     model_config = _read_checkpoint(checkpoint)
+    if config is None and not (checkpoint / "aligner.json").is_file():
+        template = template or known
     said = _find_config(checkpoint, config, template, model_config.max_position_embeddings)
     fused = attention == "fused" and can_fuse(model_config)
     frame = None if said is None else said.template
@@ -173,7 +180,7 @@ def _read_checkpoint(checkpoint: Path) -> Any:
     if not checkpoint.is_dir():
         raise ModelLoadError(
             f"{checkpoint} is not a folder; give one that holds config.json, tokenizer.json and "
-            "model.safetensors (a checkpoint on the hub: `hf download NAME --local-dir FOLDER`)"
+            "model.safetensors, or a hub name like 'owner/name'"
         )
     cures = {
         "config.json": "it is written by `save_pretrained`",

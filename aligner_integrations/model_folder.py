@@ -124,6 +124,21 @@ def load_model(
     return ModelParts(runner, tokenizer, config, frame, _fingerprint(folder))
 
 
+def find_checkpoint(model: str | Path, hub: HubOptions) -> tuple[Path, str | None]:
+    """Return a checkpoint's folder, fetched first if `model` is a hub name, and its template if it is known.
+
+    Raises:
+        ModelLoadError: the repository cannot be fetched, or holds no safetensors.
+    """
+    folder = Path(model)
+    if not folder.is_dir() and isinstance(model, str) and _HUB_NAME.fullmatch(model):
+        folder = _fetch(model, _SMALL_FILES, hub)
+        if not hub.local_files_only:
+            _fetch_weights(model, folder, "torch", hub)
+    known = _known_template(folder)
+    return folder, None if known is None else known.name
+
+
 def choose_backend(names: Collection[str], asked: str, *, where: str) -> str:
     """Return the backend for a folder with files of these names: the one asked for, or the best.
 

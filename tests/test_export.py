@@ -26,8 +26,10 @@ from aligner_integrations.correction import apply_edits
 from aligner_integrations.decode import draft_decode, greedy_decode
 from aligner_integrations.errors import MissingDependencyError, ModelLoadError, TemplateError
 from aligner_integrations.export import LEAST_AGREEMENT, ExportReport, export_checkpoint, write_config
+from aligner_integrations.model_folder import HubOptions
 from aligner_integrations.stored_weights import quantize
 from tests.checkpoints import ARCHITECTURES, HEAD_SIZE, checkpoint
+from tests.hub import fill_cache
 from tests.miniature import exported, make_folder
 
 QUESTION = "Ann has 2 red pens and finds 5 more. How many pens has she?"
@@ -182,6 +184,18 @@ def test_other_operator_sets(opset: int, attention: Any, tmp_path: Path) -> None
     imported = {each.domain: each.version for each in onnx.load(out / "model.onnx").opset_import}
     assert imported[""] == report.opset == opset
     assert report.parity.argmax_agreement == 1.0
+
+
+def test_a_hub_name_is_exported_with_its_own_template(tmp_path: Path) -> None:
+    fill_cache(tmp_path / "hub", "aligner/aligner-7b-v1.0", checkpoint("llama"))
+    hub = HubOptions(cache_dir=tmp_path / "hub", local_files_only=True)
+    report = export_checkpoint("aligner/aligner-7b-v1.0", tmp_path / "out", hub=hub)
+    assert report.template == "aligner-v1"
+    assert json.loads((tmp_path / "out" / "aligner.json").read_text())["template"] == "aligner-v1"
+    assert Aligner.from_pretrained(tmp_path / "out").correct("Why?", "So.").stats.backend == "onnx"
+    with pytest.raises(ModelLoadError, match=r"no folder me/other here.*hub's cache"):
+        export_checkpoint("me/other", tmp_path / "other", hub=hub)
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_folder_says_what_the_checkpoint_says(tmp_path: Path) -> None:
