@@ -71,7 +71,8 @@ class Alignment:
 
     def push(self, token: int) -> None:
         """Take in the next token of the output."""
-        hit, before = self.next() == token, self.credit
+        hit = self.next() == token
+        was_hit, before = self.hit, self.credit
         self.hit, self.credit = hit, credit_after(before, hit=hit)
         if hit and len(self._hypotheses) == 1:
             self._hypotheses = [(self.place + 1, 0.0)]
@@ -85,15 +86,15 @@ class Alignment:
                 _improve(scores, min(place + 1, len(self.reference)), score + _SUBSTITUTED)
         if not hit:
             for place in self._places.get(token, ()):
-                _improve(scores, place + 1, matched + self._jump(place, before))
+                _improve(scores, place + 1, matched + self._jump(place, before, was_hit))
         ranked = sorted(scores.items(), key=lambda item: -item[1])[:_KEPT_HYPOTHESES]
         best = ranked[0][1]
         self._hypotheses = [(place, score - best) for place, score in ranked if best - score < _HOPELESS]
 
-    def _jump(self, place: int, credit: int) -> float:
+    def _jump(self, place: int, credit: int, was_hit: bool) -> float:
         """Return how likely the output has gone to `place`, not on from where it was."""
         here = self.place
-        if place == here - 1:  # what the miss before seemed to replace: that one was inserted
+        if place == here - 1 and not was_hit:  # what the miss before seemed to replace: that was inserted
             return _INSERTED
         back = _JUMPED_BACK * min(credit, 8) if place < here else 0.0
         return _JUMPED + _JUMPED_FAR * abs(place - here) + back
