@@ -51,6 +51,14 @@ MarginOption = Annotated[
     float | None,
     typer.Option("--edit-margin", min=0.0, help="How sure (in logits) the model must be before it edits."),
 ]
+TemperatureOption = Annotated[
+    float, typer.Option("--temperature", min=0.0, help="Above 0 tokens are drawn, not the best taken.")
+]
+TopPOption = Annotated[
+    float, typer.Option("--top-p", min=0.0, max=1.0, help="Draw from the fewest that reach this chance.")
+]
+TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Draw from so many of the best; 0: all.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Draw the same each time.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 DataOption = Annotated[
@@ -96,11 +104,15 @@ def correct(
     backend: BackendOption = "auto",
     provider: ProviderOption = "auto",
     edit_margin: MarginOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
+    seed: SeedOption = None,
 ) -> None:
     """Correct a finished answer."""
-    correction = _load(model, edit_margin, template, backend, provider).correct(
-        question, answer, feedback=feedback
-    )
+    drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    aligner = _load(model, edit_margin, template, backend, provider, **drawing)
+    correction = aligner.correct(question, answer, feedback=feedback)
     if as_json:
         typer.echo(json.dumps(_as_record(correction), ensure_ascii=False))
         return
@@ -116,9 +128,14 @@ def stream(
     backend: BackendOption = "auto",
     provider: ProviderOption = "auto",
     edit_margin: MarginOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
+    seed: SeedOption = None,
 ) -> None:
     """Correct an answer that comes in on standard input; corrected text goes out as it comes."""
-    aligner = _load(model, edit_margin, template, backend, provider)
+    drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    aligner = _load(model, edit_margin, template, backend, provider, **drawing)
     for segment in aligner.correct_stream(question, _read_chunks()):
         _show(segment.original, segment)
 
@@ -291,12 +308,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _load(
-    model: str | None, edit_margin: float | None, template: str | None, backend: str, provider: str
+    model: str | None,
+    edit_margin: float | None,
+    template: str | None,
+    backend: str,
+    provider: str,
+    **drawing: Any,
 ) -> Aligner:
-    decode = None if edit_margin is None else DecodeConfig(edit_margin=edit_margin)
-    return Aligner.from_pretrained(
-        model, decode=decode, template=template, backend=backend, provider=provider
-    )
+    """Return the aligner; what is not given stays as the model's folder has it."""
+    changes = drawing if edit_margin is None else {"edit_margin": edit_margin, **drawing}
+    DecodeConfig(**changes)  # what is wrong with it is said before a model is loaded
+    aligner = Aligner.from_pretrained(model, template=template, backend=backend, provider=provider)
+    return aligner.with_options(decode=dataclasses.replace(aligner.decode_config, **changes))
 
 
 def _show(original: str, corrected: Correction | Segment) -> None:
