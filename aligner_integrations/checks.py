@@ -1,0 +1,360 @@
+"""Single checks on a proposed correction: pure functions of question, answer, proposal and policy.
+
+Each looks for one kind of harm and returns a finding or None. A new check is one function more in
+`CHECKS`, and its actions in `policy.py`. Every one of them takes time in proportion to its texts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
+
+from aligner_integrations import held
+from aligner_integrations.correction import Finding
+from aligner_integrations.policy import SafeguardPolicy
+from aligner_integrations.template import MARKERS
+from aligner_integrations.wording import (
+    has_loop,
+    is_refusal,
+    language_of,
+    word_similarity,
+    words,
+)
+
+Check: TypeAlias = Callable[[str, str, str, SafeguardPolicy], Finding | None]
+
+_SHOWN = 60  # characters of evidence in a finding, at most
+_CONTROL = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f\ufffd\ud800-\udfff]")
+# Punctuation of East Asian scripts, fullwidth forms included; and letters, script by script.
+_EAST_ASIAN = "\u3001-\u303f\uff01-\uffef"
+_SCRIPTS = {
+    "East Asian": rf"{_EAST_ASIAN}぀-ヿ㐀-鿿豈-\ufaff가-힣",
+    "Cyrillic": "\u0400-\u052f",
+    "Arabic": "\u060c-\u06ff\u0750-\u077f\ufb50-\ufdff\ufe70-\ufefc",
+    "Hebrew": "\u0591-\u05f4",
+    "Indic": "\u0900-\u0dff",
+    "Thai": "\u0e01-\u0e5b",
+}
+_SCRIPT_RUNS = {name: re.compile(f"[{letters}]+") for name, letters in _SCRIPTS.items()}
+# Latin, too, but of one language; its "and" is what some models write in English.
+_SCRIPT_RUNS["Vietnamese"] = re.compile("[\u1ea0-\u1ef9]+|(?<!\\w)và(?!\\w)")
+_ASKED_LANGUAGE = re.compile(
+    r"\b(?:translat\w*|languages?|scripts?|alphabets?|pronounc\w*|pronunciation|phonetic\w*|kanji|hanzi|"
+    r"unicode|emoji|chinese|mandarin|cantonese|japanese|korean|russian|ukrainian|bulgarian|serbian|arabic|"
+    r"persian|farsi|urdu|hebrew|hindi|sanskrit|bengali|tamil|telugu|thai|vietnamese|german|french|spanish|"
+    r"italian|portuguese|dutch)\b",
+    re.IGNORECASE,
+)
+_ENCLOSING = "(（[\"'“‘「『*_`/«"
+# No sentence ends on these, and no text with "2." alone on its last line.
+_UNFINISHED = (
+    " the a an and or of from your their its my our these into is are was were be than because while such "
+    "between when if but whose "
+)
+_LAST_WORD = re.compile(r"(?<![\w'’-])([A-Za-z]+)\s*\Z")
+_BARE_MARKER = re.compile(r"\n[ \t]*(?:\d{1,3}[.)]?|[-*+#>|]{1,3})[ \t]*\Z")
+_OPEN_END = re.compile(r"[,;(\[{،，、—–-]\s*\Z")
+# Words written into one: a long run of small letters; a small word glued to a known one.
+_LONG_RUN = re.compile(r"[a-z]{21,}")
+_LATIN_WORD = re.compile(r"[A-Za-z]+")
+_GLUED_BEFORE = ("the", "and", "that", "with", "from", "your", "this")
+_GLUED_BEHIND = (*_GLUED_BEFORE, "for", "of", "to")
+_NOT_GLUED = (
+    " into onto unto without within withdraw withdrawn withdrawal withhold withstand withheld yourself "
+    "yourselves thereof hereof whereof thereto hereto hitherto therefor therefrom herewith therewith "
+)
+# No white space after a comma, or between two sentences.
+_NO_SPACE = re.compile(r"[A-Za-z]*[a-z]{2},[A-Za-z]{2,}|[a-z]{3,}[.!?][A-Z][a-z]+(?= )")
+_LINE_LOOP, _LOOP_LINE_CHARS = 5, 30
+_MANY_WORDS, _MANY_FACTS = 120, 4
+
+
+def _quote(texts: Iterable[str]) -> str:
+    """Return a few of `texts` as evidence."""
+    shown = ", ".join(repr(text[:_SHOWN]) for text in list(texts)[:3])
+    return shown if len(shown) <= 3 * _SHOWN else f"{shown[: 3 * _SHOWN]}..."
+
+
+def _stands_apart(proposed: str) -> bool:
+    """Whether there is nothing to compare: nothing is left, or what is left is a refusal."""
+    return not proposed.strip() or is_refusal(proposed)
+
+
+def check_empty(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
+    """Find that nothing is left of an answer."""
+    if proposed.strip() or not answer.strip() or policy.allow_empty:
+        return None
+    return policy.find("empty", "the correction is empty and no refusal came before it")
+
+
+def check_characters(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
+    """Find characters that only broken text holds."""
+    fresh = sorted({char for char in _CONTROL.findall(proposed) if char not in answer})
+    if not fresh:
+        return None
+    named = ", ".join(f"U+{ord(char):04X}" for char in fresh[:5])
+    return policy.find("broken_characters", f"the correction holds {named}, which no text should")
+
+
+def check_markers(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
+    """Find what belongs to a prompt and not into an answer."""
+    spelled = {token for token in policy.special_tokens if token and token in proposed}
+    fresh = sorted(mark for mark in spelled | set(MARKERS.findall(proposed)) if mark not in answer)
+    return policy.find("template_marker", f"the correction holds {', '.join(fresh)}") if fresh else None
+
+
+def check_repetition(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
+    """Find the same words or the same line over and over."""
+    if has_loop(proposed) and not has_loop(answer):
+        return policy.find("repetition", "the correction repeats itself at its end")
+    lines, had = _long_lines(proposed), _long_lines(answer)
+    looped = [line for line, times in lines.items() if times >= max(_LINE_LOOP, had[line] + 2)]
+    return policy.find("repetition", f"over and over: {_quote(looped)}") if looped else None
+
+
+def _long_lines(text: str) -> Counter[str]:
+    lines = (line.strip() for line in text.split("\n"))
+    return Counter(line for line in lines if len(line) >= _LOOP_LINE_CHARS and re.search(r"\w", line))
+
+
+def check_truncated(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
+    """Find an end that no writer would choose, where the answer's own end is none such."""
+    reason = _unfinished(proposed)
+    if reason is None or _unfinished(answer) is not None:
+        return None
+    return policy.find("truncated", f"the correction breaks off: {reason}")
+
+
+def _unfinished(text: str) -> str | None:
+    blocks = held.code_blocks(text)
+    if blocks and blocks[-1].end == len(text) and not blocks[-1].closed:
+        return "a code block is still open"
+    end = text.rstrip()[-200:]
+    if _BARE_MARKER.search(end):
+        return "its last line is a bare list mark"
+    if _OPEN_END.search(end):
+        return f"it ends with {end[-1]!r}"
+    last = _LAST_WORD.search(end)
+    if last and f" {last[1]} " in _UNFINISHED:
+        return f"it ends with the word {last[1]!r}"
+    return None
+
+
+def check_scripts(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
+    """Find a script, fullwidth punctuation included, that neither question nor answer uses.
+
+    A word in brackets or quotes is a name or an example, and so may be any word where the question is
+    about a language.
+    """
+    for name, run in _SCRIPT_RUNS.items():
+        if run.search(question) or run.search(answer):
+            continue
+        asked = name != "East Asian" and _ASKED_LANGUAGE.search(question)
+        for match in () if asked else run.finditer(proposed):
+            start, text = match.start(), match[0]
+            enclosed = start > 0 and proposed[start - 1] in _ENCLOSING
+            if any(char.isalpha() for char in text) and (enclosed or _ASKED_LANGUAGE.search(question)):
+                continue
+            near = proposed[max(0, start - 20) : match.end() + 10]
+            return policy.find("script_mixing", f"{name} characters that were not there: {near[:_SHOWN]!r}")
+    return None
+
+
+def check_spacing(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
+    """Find words that lost the white space between them."""
+    text, had = held.without_code(proposed), f"{question}\n{answer}"
+    runs = [run for run in _LONG_RUN.findall(text) if run not in had] if _LONG_RUN.search(text) else []
+    if runs and language_of(text) in ("en", None):
+        return policy.find("words_run_together", f"no word has so many letters: {_quote(runs)}")
+    glued = _glued_words(text, had)
+    if glued:
+        return policy.find("words_run_together", f"two words in one: {_quote(glued)}")
+    lost = [pair for pair in _NO_SPACE.findall(text) if pair not in had]
+    return (
+        policy.find("words_run_together", f"no white space between words: {_quote(lost)}") if lost else None
+    )
+
+
+def _glued_words(text: str, had: str) -> list[str]:
+    """Return the words of `text` that are a small word and another one that stands alone elsewhere."""
+    old = set(map(str.lower, _LATIN_WORD.findall(had)))
+    own = Counter(map(str.lower, _LATIN_WORD.findall(text)))
+    known = {word for word in old.union(own) if len(word) >= 3}
+    glued: list[str] = []
+    for word in own:
+        if word in old or len(word) < 6 or f" {word} " in _NOT_GLUED:
+            continue
+        if any(word.endswith(small) and word[: -len(small)] in known for small in _GLUED_BEHIND) or any(
+            word.startswith(small) and word[len(small) :] in known for small in _GLUED_BEFORE
+        ):
+            glued.append(word)
+    return glued
+
+
+def check_language(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
+    """Find that the answer's language gave way to one that the question did not ask for."""
+    if _stands_apart(proposed) or _ASKED_LANGUAGE.search(question):
+        return None
+    old, new = language_of(answer), language_of(proposed)
+    if old is None or new is None or old == new or language_of(question) == new:
+        return None
+    return policy.find("language_changed", f"the answer is in {old!r}, the correction in {new!r}")
+
+
+def check_length(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
+    """Find a correction far longer or far shorter than the answer."""
+    if is_refusal(proposed):
+        return None
+    limit = policy.max_growth * len(answer) + policy.slack_chars
+    cut = 0 < len(proposed) < policy.min_share * len(answer) and len(answer) > 10 * policy.slack_chars
+    if len(proposed) <= limit and not cut:
+        return None
+    return policy.find("length", f"the correction has {len(proposed)} characters, the original {len(answer)}")
+
+
+def check_refusal(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
+    """Find a refusal in place of an answer that has much to say.
+
+    That the answer was harmless can't be told from the texts. What can be: that it is no refusal and
+    long, or holds code, a table, formulas or many numbers, as an answer does that was worked out.
+    """
+    if not is_refusal(proposed) or is_refusal(answer):
+        return None
+    many = len(words(answer)) >= _MANY_WORDS
+    built = held.code_blocks(answer) or held.tables(answer) or held.formulas(answer)
+    if not (many or built or len(held.numbers(answer)) >= _MANY_FACTS):
+        return None
+    return policy.find("refusal", f"a refusal in place of an answer of {len(answer)} characters")
+
+
+def check_nearness(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
+    """Find a rewrite that is neither near the answer nor a clean refusal."""
+    if policy.min_similarity <= 0.0 or _stands_apart(proposed):
+        return None
+    similarity = word_similarity(answer, proposed)
+    if similarity >= policy.min_similarity:
+        return None
+    return policy.find(
+        "drift",
+        f"neither near the original (similarity {similarity:.2f}, needed {policy.min_similarity:.2f}) "
+        "nor a clean refusal",
+    )
+
+
+def check_numbers(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
+    """Find numbers that were lost, or more of them replaced than a recomputed result explains."""
+    if policy.max_changed_numbers is None or _stands_apart(proposed):
+        return None
+    old, new = held.numbers(answer), held.numbers(proposed)
+    # Distinct ones: a wrong result may stand twice in a sentence, and is mended in both places.
+    gone, come = len(set(old) - set(new)), len(set(new) - set(old))
+    if len(new) < len(old) and gone > come:
+        return policy.find("numbers", f"of {len(old)} numbers only {len(new)} are left")
+    changed = max(gone, come)
+    if changed <= policy.max_changed_numbers:
+        return None
+    return policy.find("numbers", f"{changed} numbers differ from the original's")
+
+
+def check_code(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
+    """Find a code block of the answer that is not in the correction as it was."""
+    blocks = held.code_blocks(answer)
+    if not blocks or _stands_apart(proposed):
+        return None
+    left = Counter(block.code for block in held.code_blocks(proposed))
+    lost = Counter(block.code for block in blocks) - left
+    if not lost:
+        return None
+    return policy.find("code_changed", f"of {len(blocks)} code blocks {lost.total()} are not as they were")
+
+
+def check_inline_code(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
+    """Find inline code of the answer that the correction lacks."""
+    if _stands_apart(proposed):
+        return None
+    lost = sorted(held.inline_code(answer) - held.inline_code(proposed))
+    return policy.find("inline_code_changed", f"gone: {_quote(lost)}") if lost else None
+
+
+def check_tables(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
+    """Find a table of the answer that is not in the correction as it was."""
+    old = held.tables(answer)
+    if not old or _stands_apart(proposed):
+        return None
+    lost = set(old) - set(held.tables(proposed))
+    return policy.find("table_changed", f"{len(lost)} of {len(old)} tables differ") if lost else None
+
+
+def check_formulas(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
+    """Find LaTeX of the answer that the correction lacks."""
+    if _stands_apart(proposed):
+        return None
+    lost = sorted(held.formulas(answer) - held.formulas(proposed))
+    return policy.find("formula_changed", f"gone: {_quote(lost)}") if lost else None
+
+
+def check_json(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
+    """Find an answer that is JSON and whose correction says something else, or is none."""
+    if _stands_apart(proposed):
+        return None
+    old = held.as_json(answer)
+    if old is not None:
+        changed = held.as_json(proposed) != old
+    else:
+        changed = held.is_json_line(answer) and "".join(proposed.split()) != "".join(answer.split())
+    return (
+        policy.find("json_changed", "the answer is JSON, and other than the correction") if changed else None
+    )
+
+
+def check_citations(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
+    """Find citation marks of the answer that the correction lacks."""
+    old = Counter(mark[0] for mark in held.citations(answer))
+    if not old or _stands_apart(proposed):
+        return None
+    lost = old - Counter(mark[0] for mark in held.citations(proposed))
+    return policy.find("citations_lost", f"gone: {_quote(sorted(lost))}") if lost else None
+
+
+def check_links(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
+    """Find web addresses of the answer that the correction lacks."""
+    if _stands_apart(proposed):
+        return None
+    lost = sorted(held.links(answer) - held.links(proposed))
+    return policy.find("links_lost", f"gone: {_quote(lost)}") if lost else None
+
+
+def check_quotes(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
+    """Find quoted strings of the answer that the correction lacks."""
+    if _stands_apart(proposed):
+        return None
+    left = set(held.quotations(proposed))
+    lost = [quoted for quoted in held.quotations(answer) if quoted not in left]
+    return policy.find("quotes_lost", f"gone: {_quote(lost)}") if lost else None
+
+
+# In the order in which findings are given; the names are those of `policy.CHECK_NAMES`.
+CHECKS: dict[str, Check] = {
+    "empty": check_empty,
+    "broken_characters": check_characters,
+    "template_marker": check_markers,
+    "repetition": check_repetition,
+    "truncated": check_truncated,
+    "script_mixing": check_scripts,
+    "words_run_together": check_spacing,
+    "language_changed": check_language,
+    "length": check_length,
+    "refusal": check_refusal,
+    "drift": check_nearness,
+    "code_changed": check_code,
+    "inline_code_changed": check_inline_code,
+    "table_changed": check_tables,
+    "formula_changed": check_formulas,
+    "json_changed": check_json,
+    "citations_lost": check_citations,
+    "links_lost": check_links,
+    "numbers": check_numbers,
+    "quotes_lost": check_quotes,
+}
