@@ -14,6 +14,7 @@ from typing import TypeAlias
 from aligner_integrations import held
 from aligner_integrations.correction import Finding
 from aligner_integrations.policy import SafeguardPolicy
+from aligner_integrations.spacing import glued_words, long_runs, unspaced
 from aligner_integrations.template import MARKERS
 from aligner_integrations.wording import (
     has_loop,
@@ -53,20 +54,19 @@ _UNFINISHED = (
     " the a an and or of from your their its my our these into is are was were be than because while such "
     "between when if but whose "
 )
+_SHORT_WORDS = (
+    " is it of on or so to up us we an as at be by do go he if in me my no am ok oh hi tv ai pc id uk eu km "
+    "cm mm kg mg ml lb oz ft pm hz vs mr ms dr st jr sr "
+)
 _LAST_WORD = re.compile(r"(?<![\w'’-])([A-Za-z]+)\s*\Z")
 _BARE_MARKER = re.compile(r"\n[ \t]*(?:\d{1,3}[.)]?|[-*+#>|]{1,3})[ \t]*\Z")
 _OPEN_END = re.compile(r"[,;(\[{،，、—–-]\s*\Z")
-# Words written into one: a long run of small letters; a small word glued to a known one.
-_LONG_RUN = re.compile(r"[a-z]{21,}")
-_LATIN_WORD = re.compile(r"[A-Za-z]+")
-_GLUED_BEFORE = ("the", "and", "that", "with", "from", "your", "this")
-_GLUED_BEHIND = (*_GLUED_BEFORE, "for", "of", "to")
-_NOT_GLUED = (
-    " into onto unto without within withdraw withdrawn withdrawal withhold withstand withheld yourself "
-    "yourselves thereof hereof whereof thereto hereto hitherto therefor therefrom herewith therewith "
-)
-# No white space after a comma, or between two sentences.
-_NO_SPACE = re.compile(r"[A-Za-z]*[a-z]{2},[A-Za-z]{2,}|[a-z]{3,}[.!?][A-Z][a-z]+(?= )")
+_CLOSING_TAG = re.compile(r"</([A-Za-z][A-Za-z0-9]{0,9})>")
+_SPACING = {
+    "no word has so many letters": long_runs,
+    "two words in one": glued_words,
+    "no white space between words": unspaced,
+}
 _LINE_LOOP, _LOOP_LINE_CHARS = 5, 30
 _MANY_WORDS, _MANY_FACTS = 120, 4
 
@@ -102,6 +102,8 @@ def check_markers(question: str, answer: str, proposed: str, policy: SafeguardPo
     """Find what belongs to a prompt and not into an answer."""
     spelled = {token for token in policy.special_tokens if token and token in proposed}
     fresh = sorted(mark for mark in spelled | set(MARKERS.findall(proposed)) if mark not in answer)
+    if not fresh and "</" in proposed and "</" not in answer and "</" not in question:
+        fresh = [tag[0] for tag in _CLOSING_TAG.finditer(proposed) if f"<{tag[1]}" not in proposed][:1]
     return policy.find("template_marker", f"the correction holds {', '.join(fresh)}") if fresh else None
 
 
@@ -122,6 +124,11 @@ def _long_lines(text: str) -> Counter[str]:
 def check_truncated(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
     """Find an end that no writer would choose, where the answer's own end is none such."""
     reason = _unfinished(proposed)
+    if reason is None and 2 * len(proposed) < len(answer) and proposed.rstrip().endswith(":"):
+        reason = "it announces what does not come"
+    if reason is None and (last := _LAST_WORD.search(proposed[-200:])) and len(last[1]) == 2:
+        known = f" {last[1].lower()} " in _SHORT_WORDS or last[1] in words(f"{question} {answer}")
+        reason = None if known or language_of(proposed) != "en" else f"no word is {last[1]!r}"
     if reason is None or _unfinished(answer) is not None:
         return None
     return policy.find("truncated", f"the correction breaks off: {reason}")
@@ -165,32 +172,13 @@ def check_scripts(question: str, answer: str, proposed: str, policy: SafeguardPo
 def check_spacing(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
     """Find words that lost the white space between them."""
     text, had = held.without_code(proposed), f"{question}\n{answer}"
-    runs = [run for run in _LONG_RUN.findall(text) if run not in had] if _LONG_RUN.search(text) else []
-    if runs and language_of(text) in ("en", None):
-        return policy.find("words_run_together", f"no word has so many letters: {_quote(runs)}")
-    glued = _glued_words(text, had)
-    if glued:
-        return policy.find("words_run_together", f"two words in one: {_quote(glued)}")
-    lost = [pair for pair in _NO_SPACE.findall(text) if pair not in had]
-    return (
-        policy.find("words_run_together", f"no white space between words: {_quote(lost)}") if lost else None
-    )
-
-
-def _glued_words(text: str, had: str) -> list[str]:
-    """Return the words of `text` that are a small word and another one that stands alone elsewhere."""
-    old = set(map(str.lower, _LATIN_WORD.findall(had)))
-    own = Counter(map(str.lower, _LATIN_WORD.findall(text)))
-    known = {word for word in old.union(own) if len(word) >= 3}
-    glued: list[str] = []
-    for word in own:
-        if word in old or len(word) < 6 or f" {word} " in _NOT_GLUED:
-            continue
-        if any(word.endswith(small) and word[: -len(small)] in known for small in _GLUED_BEHIND) or any(
-            word.startswith(small) and word[len(small) :] in known for small in _GLUED_BEFORE
-        ):
-            glued.append(word)
-    return glued
+    # English alone: other languages write long words, and other small ones.
+    if language_of(text) not in ("en", None):
+        return None
+    for what, look in _SPACING.items():
+        if found := look(text, had):
+            return policy.find("words_run_together", f"{what}: {_quote(found)}")
+    return None
 
 
 def check_language(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
