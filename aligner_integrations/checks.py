@@ -41,13 +41,15 @@ _SCRIPTS = {
 _SCRIPT_RUNS = {name: re.compile(f"[{letters}]+") for name, letters in _SCRIPTS.items()}
 # Latin, too, but of one language; its "and" is what some models write in English.
 _SCRIPT_RUNS["Vietnamese"] = re.compile("[\u1ea0-\u1ef9]+|(?<!\\w)và(?!\\w)")
+# Who asks for these may get letters of any script, and another language.
 _ASKED_LANGUAGE = re.compile(
-    r"\b(?:translat\w*|languages?|scripts?|alphabets?|pronounc\w*|pronunciation|phonetic\w*|kanji|hanzi|"
-    r"unicode|emoji|chinese|mandarin|cantonese|japanese|korean|russian|ukrainian|bulgarian|serbian|arabic|"
-    r"persian|farsi|urdu|hebrew|hindi|sanskrit|bengali|tamil|telugu|thai|vietnamese|german|french|spanish|"
-    r"italian|portuguese|dutch)\b",
+    r"\b(?:translat\w*|alphabets?|pronounc\w*|pronunciation|phonetic\w*|kanji|hanzi|unicode|emojis?|"
+    r"chinese|mandarin|cantonese|japanese|korean|russian|ukrainian|bulgarian|serbian|arabic|persian|farsi|"
+    r"urdu|hebrew|hindi|sanskrit|bengali|tamil|telugu|thai|vietnamese|german|french|spanish|italian|"
+    r"portuguese|dutch|(?:in|into|which|what) (?:\w+ )?languages?)\b",
     re.IGNORECASE,
 )
+_STRAY_WORDS = ("и", "или", "và")
 _ENCLOSING = "(（[\"'“‘「『*_`/«"
 # No sentence ends on these, and no text with "2." alone on its last line.
 _UNFINISHED = (
@@ -59,7 +61,7 @@ _SHORT_WORDS = (
     "cm mm kg mg ml lb oz ft pm hz vs mr ms dr st jr sr "
 )
 _LAST_WORD = re.compile(r"(?<![\w'’-])([A-Za-z]+)\s*\Z")
-_BARE_MARKER = re.compile(r"\n[ \t]*(?:\d{1,3}[.)]?|[-*+#>|]{1,3})[ \t]*\Z")
+_BARE_MARKER = re.compile(r"\n[ \t]*(?:\d{1,3}[.)]?|[-*+#>|]{1,3})[ \t]*(?:\.{3}|…)?[ \t]*\Z")
 _OPEN_END = re.compile(r"[,;(\[{،，、—–-]\s*\Z")
 _CLOSING_TAG = re.compile(r"</([A-Za-z][A-Za-z0-9]{0,9})>")
 _SPACING = {
@@ -69,6 +71,7 @@ _SPACING = {
 }
 _LINE_LOOP, _LOOP_LINE_CHARS = 5, 30
 _MANY_WORDS, _MANY_FACTS = 120, 4
+_LONG_CHARS = 1000  # shorter answers may be said in a word
 
 
 def _quote(texts: Iterable[str]) -> str:
@@ -109,9 +112,10 @@ def check_markers(question: str, answer: str, proposed: str, policy: SafeguardPo
 
 def check_repetition(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
     """Find the same words or the same line over and over."""
-    if has_loop(proposed) and not has_loop(answer):
+    text, old = held.without_code(proposed), held.without_code(answer)
+    if has_loop(text) and not has_loop(old):
         return policy.find("repetition", "the correction repeats itself at its end")
-    lines, had = _long_lines(proposed), _long_lines(answer)
+    lines, had = _long_lines(text), _long_lines(old)
     looped = [line for line, times in lines.items() if times >= max(_LINE_LOOP, had[line] + 2)]
     return policy.find("repetition", f"over and over: {_quote(looped)}") if looped else None
 
@@ -155,14 +159,16 @@ def check_scripts(question: str, answer: str, proposed: str, policy: SafeguardPo
     A word in brackets or quotes is a name or an example, and so may be any word where the question is
     about a language.
     """
+    asked = _ASKED_LANGUAGE.search(question) is not None
     for name, run in _SCRIPT_RUNS.items():
         if run.search(question) or run.search(answer):
             continue
-        asked = name != "East Asian" and _ASKED_LANGUAGE.search(question)
-        for match in () if asked else run.finditer(proposed):
+        for match in run.finditer(proposed):
             start, text = match.start(), match[0]
             enclosed = start > 0 and proposed[start - 1] in _ENCLOSING
-            if any(char.isalpha() for char in text) and (enclosed or _ASKED_LANGUAGE.search(question)):
+            # A word alone, in the middle of a sentence, is no example even there.
+            example = asked and text not in _STRAY_WORDS
+            if any(char.isalpha() for char in text) and (enclosed or example):
                 continue
             near = proposed[max(0, start - 20) : match.end() + 10]
             return policy.find("script_mixing", f"{name} characters that were not there: {near[:_SHOWN]!r}")
@@ -196,7 +202,7 @@ def check_length(question: str, answer: str, proposed: str, policy: SafeguardPol
     if is_refusal(proposed):
         return None
     limit = policy.max_growth * len(answer) + policy.slack_chars
-    cut = 0 < len(proposed) < policy.min_share * len(answer) and len(answer) > 10 * policy.slack_chars
+    cut = 0 < len(proposed) < policy.min_share * len(answer) and len(answer) >= _LONG_CHARS
     if len(proposed) <= limit and not cut:
         return None
     return policy.find("length", f"the correction has {len(proposed)} characters, the original {len(answer)}")
@@ -285,16 +291,9 @@ def check_formulas(question: str, answer: str, proposed: str, policy: SafeguardP
 
 def check_json(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
     """Find an answer that is JSON and whose correction says something else, or is none."""
-    if _stands_apart(proposed):
+    if _stands_apart(proposed) or not held.is_other_json(answer, proposed):
         return None
-    old = held.as_json(answer)
-    if old is not None:
-        changed = held.as_json(proposed) != old
-    else:
-        changed = held.is_json_line(answer) and "".join(proposed.split()) != "".join(answer.split())
-    return (
-        policy.find("json_changed", "the answer is JSON, and other than the correction") if changed else None
-    )
+    return policy.find("json_changed", "the answer is JSON, and the correction does not say the same")
 
 
 def check_citations(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _FENCE = re.compile(r"[ \t>]*(`{3,}|~{3,})([^\n]*)")
-_DELIMITER_ROW = re.compile(r"[ \t>]*\|?[ \t]*:?-+:?[ \t]*(?:\|[ \t]*:?-+:?[ \t]*)+\|?[ \t]*")
+_DELIMITER_CELL = re.compile(r":?-+:?")
 _INLINE_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 # Inline mathematics between single dollars, which amounts of money are not.
 _DOLLARS = re.compile(r"(?<![\\$\w])\$(?![\s$])([^$\n]*[^$\s\\])\$(?![\w$])")
@@ -85,7 +85,11 @@ def tables(text: str) -> list[tuple[tuple[str, ...], ...]]:
     found: list[tuple[tuple[str, ...], ...]] = []
     lines, at = text.split("\n"), 1
     while at < len(lines):
-        if "|" in lines[at - 1] and "-" in lines[at] and _DELIMITER_ROW.fullmatch(lines[at].rstrip("\r")):
+        if (
+            "|" in lines[at - 1]
+            and "|" in lines[at]
+            and all(map(_DELIMITER_CELL.fullmatch, _cells(lines[at])))
+        ):
             end = at + 1
             while end < len(lines) and "|" in lines[end]:
                 end += 1
@@ -107,24 +111,16 @@ def formulas(text: str) -> set[str]:
     return {bare for body in found if (bare := "".join(body.split()))}
 
 
-def as_json(text: str) -> object | None:
-    """Return the value of a JSON object or array, or of lines of them; None for any other text."""
-    bare = text.strip()
-    if not bare or bare[0] not in "{[" or bare[-1] not in "}]":
-        return None
+def is_other_json(answer: str, proposed: str) -> bool:
+    """Return whether `answer` is JSON, or a line of it, and `proposed` does not say the same."""
     try:
-        return (json.loads(bare, parse_constant=str),)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return [json.loads(line, parse_constant=str) for line in bare.split("\n") if line.strip()]
-    except (ValueError, RecursionError):
-        return None
-
-
-def is_json_line(text: str) -> bool:
-    """Return whether `text` is a line of JSON that was cut: it begins with a key and its value."""
-    return _KEY.match(text) is not None
+        value = _as_json(answer)
+        if value is None:
+            bare = _KEY.match(answer) is not None
+            return bare and "".join(proposed.split()) != "".join(answer.split())
+        return _as_json(proposed) != value
+    except RecursionError:  # nested too deeply to compare
+        return proposed != answer
 
 
 def links(text: str) -> set[str]:
@@ -169,3 +165,18 @@ def _between(text: str, opener: str, closer: str) -> Iterator[str]:
             return
         yield text[at + len(opener) : end]
         at = text.find(opener, end + len(closer))
+
+
+def _as_json(text: str) -> list[object] | None:
+    """Return a JSON object or array, or lines of them; None for any other text."""
+    bare = text.strip()
+    if bare[:1] not in ("{", "[") or bare[-1] not in "}]":
+        return None
+    try:
+        return [json.loads(bare, parse_constant=str)]
+    except ValueError:
+        pass
+    try:
+        return [json.loads(line, parse_constant=str) for line in bare.split("\n") if line.strip()]
+    except ValueError:
+        return None

@@ -54,8 +54,8 @@ class SafeguardPolicy:
 
     A rewrite passes the check `drift` when it is near the original or a clean refusal. Near means a
     word-level similarity of at least `min_similarity` (0 turns the check off). `max_growth` is how many
-    times longer than the original it may be, `slack_chars` what is free on top; of an original longer than
-    ten times `slack_chars` at least the share `min_share` of its length must be left. A rewrite may put
+    times longer than the original it may be, `slack_chars` what is free on top; of an original of 1,000
+    characters or more at least the share `min_share` of its length must be left. A rewrite may put
     `max_changed_numbers` numbers in place of others, and lose none (`None` turns that check off):
     recomputing a result changes one. `allow_empty` lets a sentence be dropped. `special_tokens` are strings
     that may not appear unless the answer has them.
@@ -64,7 +64,7 @@ class SafeguardPolicy:
     min_similarity: float = 0.5
     max_growth: float = 2.0
     slack_chars: int = 80
-    min_share: float = 0.05
+    min_share: float = 0.15
     max_changed_numbers: int | None = 1
     allow_empty: bool = False
     special_tokens: frozenset[str] = frozenset()
@@ -82,7 +82,7 @@ class SafeguardPolicy:
         """Return the defaults for corrections of single sentences, or of whole answers."""
         if granularity == "sentence":
             return cls()
-        return cls(min_similarity=0.0, max_growth=4.0, slack_chars=1000, actions=_ANSWER_ACTIONS)
+        return cls(min_similarity=0.0, max_growth=4.0, slack_chars=2000, actions=_ANSWER_ACTIONS)
 
     def with_actions(self, actions: Mapping[str, Action]) -> SafeguardPolicy:
         """Return the policy with these actions in place of its own.

@@ -26,9 +26,12 @@ _REFUSAL_OPENING = re.compile(
 )
 _MAX_REFUSAL_WORDS = 60
 _TERMINATED = re.compile(r"[.!?…。！？।؟](?:[\"'”’)\]*_]|\s)*$")
-# A run of three or more of the same stretch of words, or one character over and over.
-_WORD_LOOP = re.compile(r"(?<!\w)(\w+(?:[^\w]+\w+){0,7}?)(?:[^\w]+\1(?!\w)){2,}", re.IGNORECASE)
-_LETTER_LOOP = re.compile(r"([^\W\d_])\1{7,}|([^\w\s.\-=*#~+|/\\])\2{7,}")
+# A run of three or more of the same stretch of words, or one character over and over. Counting ("1, 1.1")
+# and drawings are no such thing.
+_WORD_LOOP = re.compile(
+    r"(?<!\w)([^\W\d_]\w*(?:[^\w]+\w+){0,7}?)(?:[\s.,;:!?…\"'’-]{1,4}\1(?!\w)){2,}", re.IGNORECASE
+)
+_LETTER_LOOP = re.compile(r"([^\W\d_])\1{7,}|([^\w\s.\-=*#~+|/\\\u2190-\u2bff])\2{7,}")
 # Words, or single characters of scripts that are written without spaces.
 _WORD = re.compile(r"[぀-ヿ㐀-鿿가-힣]|[^\W぀-ヿ㐀-鿿가-힣]+(?:['’]\w+)*")
 # Past this many words similarity is measured on word counts alone; difflib is quadratic.
