@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any
 
 from aligner_integrations.backends.base import Backend, Ids
 from aligner_integrations.backends.gathering import micro_batched
@@ -17,8 +17,9 @@ from aligner_integrations.decode import Decoded, PromptCache, draft_decode, gree
 from aligner_integrations.errors import AlignerError, CorrectionFailedError, ModelLoadError, TemplateError
 from aligner_integrations.errors import check_texts as check_texts
 from aligner_integrations.model_folder import HubOptions, RunOptions, load_model
+from aligner_integrations.policy import SafeguardPolicy, Safeguards, resolve_safeguards
 from aligner_integrations.resilience import WITHHELD_TEXT, ErrorPolicy, OnError
-from aligner_integrations.safeguards import SafeguardPolicy, inspect_correction, is_kept, restore_citations
+from aligner_integrations.safeguards import guard_correction, is_kept
 from aligner_integrations.sentences import SentenceBuffer
 from aligner_integrations.sentences import has_words as has_words
 from aligner_integrations.template import CorrectionTemplate
@@ -27,8 +28,6 @@ from aligner_integrations.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from aligner_integrations.correction import Segment
     from aligner_integrations.stream import StreamCorrector
-
-SafeguardMode: TypeAlias = Literal["keep_original", "off"]
 
 BUNDLED_MODEL = Path(__file__).parent / "models" / "tiny"
 # Within a rewrite the margin counts up to here, in logits: enough that copying does not stray, and not so
@@ -48,7 +47,7 @@ class Aligner:
         *,
         template: CorrectionTemplate | None = None,
         decode: DecodeConfig | None = None,
-        safeguards: SafeguardMode = "keep_original",
+        safeguards: Safeguards = "keep_original",
         source: str = "",
         max_batch_tokens: int = 8192,
         micro_batch_ms: float = 0.0,
@@ -59,8 +58,7 @@ class Aligner:
             raise TemplateError(
                 f"template {self.template.name!r} frames whole answers, but the model is sentence-level"
             )
-        if safeguards not in get_args(SafeguardMode):
-            raise ValueError(f"safeguards must be 'keep_original' or 'off', got {safeguards!r}")
+        self.safeguard_policy = resolve_safeguards(safeguards, config.granularity)
         if decode is not None and not isinstance(decode, DecodeConfig):
             raise TypeError(f"decode must be a DecodeConfig, got {type(decode).__name__}")
         if not isinstance(max_batch_tokens, int) or max_batch_tokens < 1:
@@ -71,7 +69,7 @@ class Aligner:
         self.tokenizer = tokenizer
         self.config = config
         self.decode_config = decode or DecodeConfig(edit_margin=config.edit_margin)
-        self.safeguards: SafeguardMode = safeguards
+        self.safeguards = safeguards
         self.max_batch_tokens = max_batch_tokens
         self.micro_batch_ms = micro_batch_ms
         self.keep_id = None if config.keep_token is None else tokenizer.token_id(config.keep_token)
@@ -89,7 +87,7 @@ class Aligner:
         provider: str = "auto",
         template: str | CorrectionTemplate | None = None,
         decode: DecodeConfig | None = None,
-        safeguards: SafeguardMode = "keep_original",
+        safeguards: Safeguards = "keep_original",
         device: str | None = None,
         dtype: str = "auto",
         threads: int | None = None,
@@ -109,7 +107,8 @@ class Aligner:
             provider: `"auto"`, `"tensorrt"`, `"cuda"` or `"cpu"`, for ONNX Runtime.
             template: The frame; without it that of `aligner.json` or of a known hub name holds.
             decode: How to decode; without it the folder's `edit_margin` holds.
-            safeguards: `"keep_original"` puts a harmful correction back to the answer, `"off"` does not.
+            safeguards: `"keep_original"` puts a harmful correction back to the answer, `"off"` does not;
+                `{check: action}` changes single actions, and a `SafeguardPolicy` thresholds too.
             device: `"cpu"`, `"cuda"`, ..., for PyTorch.
             dtype: `"auto"`, `"fp32"`, `"bf16"` or `"fp16"`, or PyTorch's names of these, for PyTorch.
             threads: Threads of one forward; all physical cores without it.
@@ -138,7 +137,7 @@ class Aligner:
         )
 
     def with_options(
-        self, *, decode: DecodeConfig | None = None, safeguards: SafeguardMode | None = None
+        self, *, decode: DecodeConfig | None = None, safeguards: Safeguards | None = None
     ) -> Aligner:
         """Return an aligner that shares this one's loaded model and differs in these options."""
         return Aligner(
@@ -339,15 +338,11 @@ class Aligner:
         same = decoded.kept or decoded.ids == reference
         proposed = core if same else self.tokenizer.decode(decoded.ids).strip()
         if decoded.stats.finish_reason != "eos" and not same:
-            action = "kept_original" if self.safeguards == "keep_original" else "accepted"
-            findings += (Finding("truncated", "the correction ended before it was complete", action),)
-        shown = proposed
-        if self.safeguards == "keep_original":
-            shown = restore_citations(core, proposed)
-            policy = replace(policy, special_tokens=self.tokenizer.special_tokens_in(proposed))
-            findings += inspect_correction(question, core, shown, policy=policy)
-            if shown != proposed and not is_kept(findings):
-                findings += (Finding("citations_lost", "missing citations were put back", "repaired"),)
+            findings += (policy.find("truncated", "the correction ended before it was complete"),)
+        special = policy.special_tokens | self.tokenizer.special_tokens_in(proposed)
+        policy = replace(policy, special_tokens=special)
+        shown, found = guard_correction(question, core, proposed, policy=policy)
+        findings += found
         answer = "".join(margins)
         text = answer if is_kept(findings) else _put_back(margins, shown)
         return Correction(

@@ -7,7 +7,6 @@ from aligner_integrations.correction import Correction, DecodeStats, Edit
 from aligner_integrations.decode import PromptCache
 from aligner_integrations.errors import AlignerError, InputTooLongError
 from aligner_integrations.resilience import ErrorPolicy
-from aligner_integrations.safeguards import SafeguardPolicy
 from aligner_integrations.sentences import SentenceBuffer
 from aligner_integrations.stream import SentenceSession, stand_in
 
@@ -57,9 +56,7 @@ def _correct_whole(
     wanted = aligner.decode_config.max_new_tokens or room
     decoded = aligner.run(prompt, reference, min(wanted, room), cache)
     lead, _, tail = answer.partition(core)
-    # Published aligners rewrite freely, so being far from the original is no harm in itself.
-    policy = SafeguardPolicy(min_similarity=0.0, max_changed_numbers=None)
-    return aligner.finish(question, (lead, core, tail), reference, decoded, policy)
+    return aligner.finish(question, (lead, core, tail), reference, decoded, aligner.safeguard_policy)
 
 
 def _correct_by_sentence(

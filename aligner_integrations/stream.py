@@ -14,7 +14,7 @@ from aligner_integrations.correction import Correction, Finding, Segment, make_e
 from aligner_integrations.decode import PromptCache
 from aligner_integrations.errors import AlignerError, InputTooLongError
 from aligner_integrations.resilience import WITHHELD_TEXT, ErrorPolicy, OnError
-from aligner_integrations.safeguards import SafeguardPolicy, is_refusal
+from aligner_integrations.safeguards import is_refusal
 from aligner_integrations.sentences import Piece, SentenceBuffer, split_margins
 
 # A correction may be this many tokens longer than its sentence before the prefix has to make room.
@@ -68,7 +68,8 @@ class SentenceSession:
         room = self._aligner.config.max_length - len(prompt)
         wanted = self._aligner.decode_config.max_new_tokens or 2 * len(reference) + _SPARE_TOKENS
         decoded = self._aligner.run(prompt, reference, min(wanted, room), self._cache)
-        policy = SafeguardPolicy(allow_empty=self._refused)
+        policy = self._aligner.safeguard_policy
+        policy = replace(policy, allow_empty=policy.allow_empty or self._refused)
         return self._aligner.finish(self._question, margins, reference, decoded, policy, findings)
 
     def _fit(self, core: str, tokens: int) -> tuple[Ids, tuple[Finding, ...]]:

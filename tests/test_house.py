@@ -28,7 +28,13 @@ FILE_BUDGETS = {
     "tokenizer.py": 200,
     "draft.py": 300,
     "decode.py": 350,
-    "safeguards.py": 300,
+    "safeguards.py": 150,
+    "policy.py": 200,
+    "wording.py": 200,
+    "held.py": 250,
+    "checks.py": 400,
+    "spacing.py": 120,
+    "repair.py": 200,
     "aligner.py": 380,
     "stream.py": 390,
     "options.py": 130,
@@ -60,13 +66,25 @@ FILE_BUDGETS = {
 }
 FUNCTION_BUDGET = 60
 # Lines of the library proper: what each framework's adapter may take, and the rest together.
-CEILINGS = {"langchain/": 3500, "llama_index/": 2000, "": 5800}
+CEILINGS = {"langchain/": 3500, "llama_index/": 2000, "": 6600}
 EXPORT = ("export.py", "llama_graph.py", "logit_graph.py", "stored_weights.py")
 NOT_THE_LIBRARY_PROPER = ("training/", "evaluation/", "cli.py", "doctor.py", "testing/", *EXPORT)
 
 # Which way imports point: a file imports from its own floor or below.
 FLOORS = {
-    0: ("errors", "correction", "config", "template", "sentences", "safeguards"),
+    0: (
+        "errors",
+        "correction",
+        "config",
+        "template",
+        "sentences",
+        "safeguards",
+        "policy",
+        "wording",
+        "held",
+        "checks",
+        "repair",
+    ),
     1: ("decode", "draft", "sampling", "tokenizer", "backends.base", "resilience"),
     2: (
         *(

@@ -120,7 +120,7 @@ class AlignedChatModel(BaseChatModel):
             "model": {"type": self.model._llm_type, **self.model._identifying_params},
             "aligner": {
                 "source": aligner.source,
-                "safeguards": aligner.safeguards,
+                "safeguards": aligner.safeguard_policy.to_dict(),
                 **asdict(aligner.config),
                 **asdict(aligner.decode_config),
             },

@@ -14,11 +14,12 @@ from typing import TypeAlias
 import numpy as np
 import tokenizers  # type: ignore[import-untyped, unused-ignore]
 
-from aligner_integrations.aligner import Aligner, SafeguardMode
+from aligner_integrations.aligner import Aligner
 from aligner_integrations.backends.base import Ids, KVCache, Logits
 from aligner_integrations.config import AlignerConfig, DecodeConfig, Granularity
 from aligner_integrations.correction import DecodeStats
 from aligner_integrations.decode import draft_decode, greedy_decode
+from aligner_integrations.policy import Safeguards
 from aligner_integrations.template import TINY_TOKENS
 from aligner_integrations.tokenizer import Tokenizer
 
@@ -82,13 +83,13 @@ def scripted_aligner(
     *,
     granularity: Granularity = "sentence",
     delay: float = 0.0,
-    safeguards: SafeguardMode = "off",
+    safeguards: Safeguards = "off",
 ) -> Aligner:
     """Return an aligner whose model is `rule(question, prefix, sentence) -> text`.
 
     With `granularity="answer"` the rule gets the whole answer as `sentence` and an empty prefix. A rule
     that raises is a failing correction. `delay` is slept once per correction, in seconds. Safeguards
-    are off, so that a rule may write anything; `"keep_original"` turns them on.
+    are off, so that a rule may write anything; they are chosen as in `Aligner.from_pretrained`.
     """
     tokenizer = byte_tokenizer()
 
