@@ -29,15 +29,15 @@ FILE_BUDGETS = {
     "draft.py": 300,
     "decode.py": 350,
     "safeguards.py": 300,
-    "aligner.py": 380,
-    "stream.py": 390,
-    "options.py": 130,
+    "aligner.py": 440,
+    "stream.py": 400,
+    "options.py": 140,
     "closed_loop.py": 120,
     "finished.py": 130,
     "batch.py": 180,
-    "resilience.py": 200,
+    "resilience.py": 310,
     "backends/__init__.py": 90,
-    "backends/base.py": 120,
+    "backends/base.py": 130,
     "backends/providers.py": 250,
     "backends/onnx.py": 400,
     "backends/onnx_graph.py": 330,
@@ -60,7 +60,7 @@ FILE_BUDGETS = {
 }
 FUNCTION_BUDGET = 60
 # Lines of the library proper: what each framework's adapter may take, and the rest together.
-CEILINGS = {"langchain/": 3500, "llama_index/": 2000, "": 5800}
+CEILINGS = {"langchain/": 3500, "llama_index/": 2000, "": 6200}
 EXPORT = ("export.py", "llama_graph.py", "logit_graph.py", "stored_weights.py")
 NOT_THE_LIBRARY_PROPER = ("training/", "evaluation/", "cli.py", "doctor.py", "testing/", *EXPORT)
 
