@@ -26,6 +26,7 @@ from aligner_integrations.errors import AlignerError, MissingDependencyError
 
 if TYPE_CHECKING:
     from aligner_integrations.evaluation.figures import Report
+    from aligner_integrations.resilience import OnError
 
 app = typer.Typer(
     name="aligner",
@@ -50,6 +51,15 @@ ProviderOption = Annotated[str, typer.Option("--provider", help="auto, tensorrt,
 MarginOption = Annotated[
     float | None,
     typer.Option("--edit-margin", min=0.0, help="How sure (in logits) the model must be before it edits."),
+]
+OnErrorOption = Annotated[
+    str, typer.Option("--on-error", help="For a failed correction: raise, pass_through or withhold.")
+]
+SentenceSecondsOption = Annotated[
+    float | None, typer.Option("--sentence-seconds", help="So long each correction may take.")
+]
+AnswerSecondsOption = Annotated[
+    float | None, typer.Option("--answer-seconds", help="So long all corrections may take together.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -96,10 +106,18 @@ def correct(
     backend: BackendOption = "auto",
     provider: ProviderOption = "auto",
     edit_margin: MarginOption = None,
+    on_error: OnErrorOption = "raise",
+    sentence_seconds: SentenceSecondsOption = None,
+    answer_seconds: AnswerSecondsOption = None,
 ) -> None:
     """Correct a finished answer."""
     correction = _load(model, edit_margin, template, backend, provider).correct(
-        question, answer, feedback=feedback
+        question,
+        answer,
+        feedback=feedback,
+        on_error=cast("OnError", on_error),
+        sentence_seconds=sentence_seconds,
+        answer_seconds=answer_seconds,
     )
     if as_json:
         typer.echo(json.dumps(_as_record(correction), ensure_ascii=False))
@@ -116,10 +134,19 @@ def stream(
     backend: BackendOption = "auto",
     provider: ProviderOption = "auto",
     edit_margin: MarginOption = None,
+    on_error: OnErrorOption = "raise",
+    sentence_seconds: SentenceSecondsOption = None,
+    answer_seconds: AnswerSecondsOption = None,
 ) -> None:
     """Correct an answer that comes in on standard input; corrected text goes out as it comes."""
     aligner = _load(model, edit_margin, template, backend, provider)
-    for segment in aligner.correct_stream(question, _read_chunks()):
+    for segment in aligner.correct_stream(
+        question,
+        _read_chunks(),
+        on_error=cast("OnError", on_error),
+        sentence_seconds=sentence_seconds,
+        answer_seconds=answer_seconds,
+    ):
         _show(segment.original, segment)
 
 

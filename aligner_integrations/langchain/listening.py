@@ -114,7 +114,8 @@ class Listening:
         """Iterate over what comes, until the outermost run ends; the handler must have no sink.
 
         Raises:
-            Exception: with `on_error="raise"`, what the outermost run ended with.
+            Exception: with `on_error="raise"`, what the outermost run ended with; otherwise that only if it
+                is an error of this library, such as a model that cannot be loaded.
         """
         self._check_own()
         return iter(self._outlet)
@@ -283,7 +284,9 @@ class Listening:
             if number == self._first:
                 self._error = error  # the outermost run may have lived with what failed in it
             raised = self._error if isinstance(self._error, Exception) else None
-            self._outlet.end(raised if self._options.on_error == "raise" else None)
+            # What no policy hides (say, a model that cannot be loaded) must not look like the end.
+            hidden = self._options.on_error != "raise" and not isinstance(raised, AlignerError)
+            self._outlet.end(None if hidden else raised)
 
     def _vanished(self, root: int) -> None:
         """Forget a run that is no more and never said that it ended, and all that was in it."""
