@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +20,13 @@ from aligner_integrations.errors import AlignerError, CorrectionFailedError, Mod
 from aligner_integrations.errors import check_texts as check_texts
 from aligner_integrations.model_folder import HubOptions, RunOptions, load_model
 from aligner_integrations.policy import SafeguardPolicy, Safeguards, resolve_safeguards
-from aligner_integrations.resilience import WITHHELD_TEXT, ErrorPolicy, OnError
+from aligner_integrations.resilience import (
+    WITHHELD_TEXT,
+    CircuitBreaker,
+    Deadline,
+    ErrorPolicy,
+    OnError,
+)
 from aligner_integrations.safeguards import guard_correction, is_kept
 from aligner_integrations.sentences import SentenceBuffer
 from aligner_integrations.sentences import has_words as has_words
@@ -51,6 +59,7 @@ class Aligner:
         source: str = "",
         max_batch_tokens: int = 8192,
         micro_batch_ms: float = 0.0,
+        breaker: CircuitBreaker | None = None,
     ) -> None:
         self.source = source or f"object-{next(_objects)}"  # tells models apart, in the key of a cache
         self.template = template or CorrectionTemplate.named(config.template)
@@ -65,6 +74,9 @@ class Aligner:
             raise ValueError(f"max_batch_tokens must be a whole number from 1 on, got {max_batch_tokens!r}")
         if not isinstance(micro_batch_ms, int | float) or not 0 <= micro_batch_ms < math.inf:
             raise ValueError(f"micro_batch_ms must be a number of milliseconds >= 0, got {micro_batch_ms!r}")
+        if breaker is not None and not isinstance(breaker, CircuitBreaker):
+            raise TypeError(f"breaker must be a CircuitBreaker or None, got {type(breaker).__name__}")
+        self.breaker = breaker
         self.backend = micro_batched(backend, wait_ms=micro_batch_ms, max_tokens=max_batch_tokens)
         self.tokenizer = tokenizer
         self.config = config
@@ -98,6 +110,7 @@ class Aligner:
         local_files_only: bool = False,
         max_batch_tokens: int = 8192,
         micro_batch_ms: float = 0.0,
+        breaker: CircuitBreaker | None = None,
     ) -> Aligner:
         """Load a model folder, a repository of the hub, or the bundled model when none is given.
 
@@ -119,6 +132,7 @@ class Aligner:
             local_files_only: Take what was fetched before, without a connection.
             max_batch_tokens: So many tokens share a forward, at most.
             micro_batch_ms: So long a stream waits for others to share a forward with.
+            breaker: Stops asking a model that keeps failing; see `CircuitBreaker`.
 
         Raises:
             ModelLoadError: the model or a file of it is missing, damaged or refused.
@@ -134,12 +148,13 @@ class Aligner:
             source=parts.source,
             max_batch_tokens=max_batch_tokens,
             micro_batch_ms=micro_batch_ms,
+            breaker=breaker,
         )
 
     def with_options(
         self, *, decode: DecodeConfig | None = None, safeguards: Safeguards | None = None
     ) -> Aligner:
-        """Return an aligner that shares this one's loaded model and differs in these options."""
+        """Return an aligner that shares this one's loaded model and breaker and differs in these options."""
         return Aligner(
             self.backend,
             self.tokenizer,
@@ -150,6 +165,7 @@ class Aligner:
             source=self.source,
             max_batch_tokens=self.max_batch_tokens,
             micro_batch_ms=self.micro_batch_ms,
+            breaker=self.breaker,
         )
 
     def __deepcopy__(self, memo: object) -> Aligner:
@@ -176,21 +192,24 @@ class Aligner:
         feedback: str = "",
         on_error: OnError = "raise",
         withheld_text: str = WITHHELD_TEXT,
+        sentence_seconds: float | None = None,
+        answer_seconds: float | None = None,
     ) -> Correction:
         """Correct a finished answer.
 
         A sentence-level model corrects it sentence by sentence, each after the corrected ones before
-        it. A piece that does not fit the context stays as it is, with a finding. `on_error` and
-        `withheld_text` are those of a stream.
+        it. A piece that does not fit the context stays as it is, with a finding. `on_error` to
+        `answer_seconds` are those of a stream, see `StreamCorrector`.
 
         Raises:
             CorrectionFailedError: the model failed and `on_error` is `"raise"`.
+            CorrectionTimeoutError: likewise, when a correction was late.
             InputTooLongError: likewise, when an answer-level model's context cannot hold the answer.
         """
         check_texts(question=question, answer=answer, feedback=feedback)
         from aligner_integrations.finished import correct_finished  # finished answers stand above this file
 
-        errors = ErrorPolicy(on_error, withheld_text)
+        errors = ErrorPolicy(on_error, withheld_text, sentence_seconds, answer_seconds)
         return correct_finished(self, question, answer, feedback=feedback, errors=errors)
 
     def correct_sentence(
@@ -223,15 +242,19 @@ class Aligner:
         feedback: str = "",
         on_error: OnError = "raise",
         withheld_text: str = WITHHELD_TEXT,
+        sentence_seconds: float | None = None,
+        answer_seconds: float | None = None,
     ) -> list[Correction]:
         """Correct (question, answer) pairs; the same as one by one, in the same order, but faster.
 
         A question that many pairs share is run once, and a small model corrects as many texts at a time
-        as there are cores. With `on_error="raise"` the first pair that fails raises.
+        as there are cores. With `on_error="raise"` the first pair that fails raises. `answer_seconds` is for
+        each pair.
         """
         from aligner_integrations.batch import correct_batch  # batches stand above this file
 
-        return correct_batch(self, pairs, feedback=feedback, on_error=on_error, withheld_text=withheld_text)
+        errors = ErrorPolicy(on_error, withheld_text, sentence_seconds, answer_seconds)
+        return correct_batch(self, pairs, feedback=feedback, errors=errors)
 
     async def acorrect(
         self,
@@ -241,12 +264,21 @@ class Aligner:
         feedback: str = "",
         on_error: OnError = "raise",
         withheld_text: str = WITHHELD_TEXT,
+        sentence_seconds: float | None = None,
+        answer_seconds: float | None = None,
     ) -> Correction:
         """Correct a finished answer as `correct` does, in a thread of its own."""
         import asyncio  # a fifth of the time that importing this package takes; few need it
 
         return await asyncio.to_thread(
-            self.correct, question, answer, feedback=feedback, on_error=on_error, withheld_text=withheld_text
+            self.correct,
+            question,
+            answer,
+            feedback=feedback,
+            on_error=on_error,
+            withheld_text=withheld_text,
+            sentence_seconds=sentence_seconds,
+            answer_seconds=answer_seconds,
         )
 
     def stream(
@@ -256,13 +288,22 @@ class Aligner:
         feedback: str = "",
         on_error: OnError = "raise",
         withheld_text: str = WITHHELD_TEXT,
+        sentence_seconds: float | None = None,
+        answer_seconds: float | None = None,
         sink: Callable[[Segment], None] | None = None,
     ) -> StreamCorrector:
         """Return a corrector for one answer that is still coming; see `StreamCorrector`."""
         from aligner_integrations.stream import StreamCorrector  # streams stand above this file
 
         return StreamCorrector(
-            self, question, feedback=feedback, on_error=on_error, withheld_text=withheld_text, sink=sink
+            self,
+            question,
+            feedback=feedback,
+            on_error=on_error,
+            withheld_text=withheld_text,
+            sentence_seconds=sentence_seconds,
+            answer_seconds=answer_seconds,
+            sink=sink,
         )
 
     def correct_stream(
@@ -273,12 +314,21 @@ class Aligner:
         feedback: str = "",
         on_error: OnError = "raise",
         withheld_text: str = WITHHELD_TEXT,
+        sentence_seconds: float | None = None,
+        answer_seconds: float | None = None,
     ) -> Iterator[Segment]:
         """Yield corrected segments of the answer that `chunks` brings, each as soon as it is done.
 
         Closing the iterator early closes `chunks` too, when it is a generator.
         """
-        stream = self.stream(question, feedback=feedback, on_error=on_error, withheld_text=withheld_text)
+        stream = self.stream(
+            question,
+            feedback=feedback,
+            on_error=on_error,
+            withheld_text=withheld_text,
+            sentence_seconds=sentence_seconds,
+            answer_seconds=answer_seconds,
+        )
         return stream.correct_chunks(chunks)
 
     # What follows is for `stream.py`, which keeps the state of one answer.
@@ -292,33 +342,46 @@ class Aligner:
         return self.tokenizer.encode(spans)
 
     def run(
-        self, prompt: Ids, reference: Ids, max_new_tokens: int, cache: PromptCache | None = None
+        self,
+        prompt: Ids,
+        reference: Ids,
+        max_new_tokens: int,
+        cache: PromptCache | None = None,
+        deadline: Deadline | None = None,
     ) -> Decoded:
-        """Decode a correction; whatever the backend raises becomes a `CorrectionFailedError`."""
+        """Decode a correction; whatever the backend raises becomes a `CorrectionFailedError`.
+
+        With a deadline the decoding is in a thread of its own, which is left to itself when it is late.
+        """
+        decode = partial(self._decode, prompt, reference, max_new_tokens)
+        cache = PromptCache(self.backend) if cache is None else cache
+        with nullcontext() if self.breaker is None else self.breaker.around():
+            try:
+                return decode(cache) if deadline is None else cache.within(deadline, decode)
+            except AlignerError:
+                raise
+            except Exception as error:  # backends share no base class of errors
+                raise CorrectionFailedError(
+                    f"the model failed while correcting: {type(error).__name__}: {error}"
+                ) from error
+
+    def _decode(self, prompt: Ids, reference: Ids, max_new_tokens: int, cache: PromptCache) -> Decoded:
         decode = draft_decode if self.decode_config.draft else greedy_decode
         margin = self.decode_config.edit_margin
-        cache = PromptCache(self.backend) if cache is None else cache
-        try:
-            with cache.taking_part():
-                return decode(
-                    self.backend,
-                    prompt,
-                    reference,
-                    config=self.decode_config,
-                    eos_id=self.tokenizer.eos_id,
-                    max_new_tokens=max_new_tokens,
-                    keep_id=self.keep_id,
-                    cache=cache,
-                    # With a keep token the margin is mostly spent on that one decision: once the model means
-                    # to edit, holding it to the copy at any price would undo the edit.
-                    draft_margin=None if self.keep_id is None else min(margin, REWRITE_MARGIN),
-                )
-        except AlignerError:
-            raise
-        except Exception as error:  # backends share no base class of errors
-            raise CorrectionFailedError(
-                f"the model failed while correcting: {type(error).__name__}: {error}"
-            ) from error
+        with cache.taking_part():
+            return decode(
+                self.backend,
+                prompt,
+                reference,
+                config=self.decode_config,
+                eos_id=self.tokenizer.eos_id,
+                max_new_tokens=max_new_tokens,
+                keep_id=self.keep_id,
+                cache=cache,
+                # With a keep token the margin is mostly spent on that one decision: once the model means
+                # to edit, holding it to the copy at any price would undo the edit.
+                draft_margin=None if self.keep_id is None else min(margin, REWRITE_MARGIN),
+            )
 
     def finish(
         self,

@@ -26,6 +26,7 @@ from aligner_integrations.errors import AlignerError, MissingDependencyError
 
 if TYPE_CHECKING:
     from aligner_integrations.evaluation.figures import Report
+    from aligner_integrations.resilience import OnError
 
 app = typer.Typer(
     name="aligner",
@@ -59,6 +60,15 @@ TopPOption = Annotated[
 ]
 TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Draw from so many of the best; 0: all.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Draw the same each time.")]
+OnErrorOption = Annotated[
+    str, typer.Option("--on-error", help="For a failed correction: raise, pass_through or withhold.")
+]
+SentenceSecondsOption = Annotated[
+    float | None, typer.Option("--sentence-seconds", help="So long each correction may take.")
+]
+AnswerSecondsOption = Annotated[
+    float | None, typer.Option("--answer-seconds", help="So long all corrections may take together.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 DataOption = Annotated[
@@ -108,11 +118,20 @@ def correct(
     top_p: TopPOption = 1.0,
     top_k: TopKOption = 0,
     seed: SeedOption = None,
+    on_error: OnErrorOption = "raise",
+    sentence_seconds: SentenceSecondsOption = None,
+    answer_seconds: AnswerSecondsOption = None,
 ) -> None:
     """Correct a finished answer."""
     drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    aligner = _load(model, edit_margin, template, backend, provider, **drawing)
-    correction = aligner.correct(question, answer, feedback=feedback)
+    correction = _load(model, edit_margin, template, backend, provider, **drawing).correct(
+        question,
+        answer,
+        feedback=feedback,
+        on_error=cast("OnError", on_error),
+        sentence_seconds=sentence_seconds,
+        answer_seconds=answer_seconds,
+    )
     if as_json:
         typer.echo(json.dumps(_as_record(correction), ensure_ascii=False))
         return
@@ -132,11 +151,20 @@ def stream(
     top_p: TopPOption = 1.0,
     top_k: TopKOption = 0,
     seed: SeedOption = None,
+    on_error: OnErrorOption = "raise",
+    sentence_seconds: SentenceSecondsOption = None,
+    answer_seconds: AnswerSecondsOption = None,
 ) -> None:
     """Correct an answer that comes in on standard input; corrected text goes out as it comes."""
     drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     aligner = _load(model, edit_margin, template, backend, provider, **drawing)
-    for segment in aligner.correct_stream(question, _read_chunks()):
+    for segment in aligner.correct_stream(
+        question,
+        _read_chunks(),
+        on_error=cast("OnError", on_error),
+        sentence_seconds=sentence_seconds,
+        answer_seconds=answer_seconds,
+    ):
         _show(segment.original, segment)
 
 

@@ -103,6 +103,21 @@ def test_stream_sends_a_sentence_before_the_input_ends() -> None:
     assert process.returncode == 0
 
 
+def test_a_deadline_and_what_to_do_then(
+    feed: Callable[[bytes], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    late = ["--answer-seconds", "0.000001"]
+    assert main(["correct", "-q", QUESTION, "-a", ANSWER, *late]) == 1
+    assert "answer_seconds" in capsys.readouterr().err
+    assert main(["correct", "-q", QUESTION, "-a", ANSWER, "--on-error", "pass_through", *late]) == 0
+    assert capsys.readouterr().out == ANSWER + "\n"
+    feed(ANSWER.encode())
+    assert main(["stream", "-q", QUESTION, "--on-error", "withhold", *late]) == 0
+    assert "could not be checked" in capsys.readouterr().out
+    assert main(["correct", "-q", QUESTION, "-a", ANSWER, "--on-error", "shrug"]) == 1
+    assert "on_error must be one of" in capsys.readouterr().err
+
+
 def test_terminal_shows_what_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     text = marked("He is rude.", (Edit(6, 10, "kind"),))
     assert text.plain == "He is rudekind."

@@ -35,15 +35,15 @@ FILE_BUDGETS = {
     "checks.py": 400,
     "spacing.py": 120,
     "repair.py": 200,
-    "aligner.py": 380,
-    "stream.py": 390,
-    "options.py": 130,
+    "aligner.py": 440,
+    "stream.py": 400,
+    "options.py": 140,
     "closed_loop.py": 120,
     "finished.py": 130,
     "batch.py": 180,
-    "resilience.py": 200,
+    "resilience.py": 310,
     "backends/__init__.py": 90,
-    "backends/base.py": 120,
+    "backends/base.py": 130,
     "backends/providers.py": 250,
     "backends/onnx.py": 400,
     "backends/onnx_graph.py": 330,
@@ -56,9 +56,10 @@ FILE_BUDGETS = {
     "llama_graph.py": 220,
     "logit_graph.py": 250,
     "stored_weights.py": 250,
-    "cli.py": 400,
+    "cli.py": 450,
     "doctor.py": 130,
     "testing/": 350,
+    "langchain/listening.py": 360,
     "langchain/": 350,
     "llama_index/": 350,
     "training/": 350,
@@ -66,7 +67,7 @@ FILE_BUDGETS = {
 }
 FUNCTION_BUDGET = 60
 # Lines of the library proper: what each framework's adapter may take, and the rest together.
-CEILINGS = {"langchain/": 3500, "llama_index/": 2000, "": 6600}
+CEILINGS = {"langchain/": 3500, "llama_index/": 2000, "": 7000}
 EXPORT = ("export.py", "llama_graph.py", "logit_graph.py", "stored_weights.py")
 NOT_THE_LIBRARY_PROPER = ("training/", "evaluation/", "cli.py", "doctor.py", "testing/", *EXPORT)
 

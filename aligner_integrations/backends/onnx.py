@@ -163,6 +163,8 @@ class OnnxBackend:
         ids, cache, last = row.ids, cast(OnnxCache, row.cache), row.last
         parts = []
         for start in range(0, len(ids), _BLOCK):
+            if start and row.check is not None:
+                row.check()
             block = ids[start : start + _BLOCK]
             wanted = min(len(block), last - (len(ids) - start - len(block)))
             output, first = cache.run(self._graph, block, last=max(wanted, 1), width=self._width(len(block)))
