@@ -14,6 +14,7 @@ from aligner_integrations.backends.gathering import micro_batched
 from aligner_integrations.config import AlignerConfig, DecodeConfig, Granularity
 from aligner_integrations.correction import Correction, DecodeStats, Finding, make_edits
 from aligner_integrations.decode import Decoded, PromptCache, draft_decode, greedy_decode
+from aligner_integrations.defuse import Defuser
 from aligner_integrations.errors import AlignerError, CorrectionFailedError, ModelLoadError, TemplateError
 from aligner_integrations.errors import check_texts as check_texts
 from aligner_integrations.model_folder import HubOptions, RunOptions, load_model
@@ -49,6 +50,7 @@ class Aligner:
         template: CorrectionTemplate | None = None,
         decode: DecodeConfig | None = None,
         safeguards: SafeguardMode = "keep_original",
+        defuse_markers: bool = True,
         source: str = "",
         max_batch_tokens: int = 8192,
         micro_batch_ms: float = 0.0,
@@ -72,6 +74,8 @@ class Aligner:
         self.config = config
         self.decode_config = decode or DecodeConfig(edit_margin=config.edit_margin)
         self.safeguards: SafeguardMode = safeguards
+        special = tokenizer.special_tokens_in(self.template.frame)
+        self._defuser = Defuser(self.template.plain_markers(special), active=defuse_markers)
         self.max_batch_tokens = max_batch_tokens
         self.micro_batch_ms = micro_batch_ms
         self.keep_id = None if config.keep_token is None else tokenizer.token_id(config.keep_token)
@@ -90,6 +94,7 @@ class Aligner:
         template: str | CorrectionTemplate | None = None,
         decode: DecodeConfig | None = None,
         safeguards: SafeguardMode = "keep_original",
+        defuse_markers: bool = True,
         device: str | None = None,
         dtype: str = "auto",
         threads: int | None = None,
@@ -110,6 +115,7 @@ class Aligner:
             template: The frame; without it that of `aligner.json` or of a known hub name holds.
             decode: How to decode; without it the folder's `edit_margin` holds.
             safeguards: `"keep_original"` puts a harmful correction back to the answer, `"off"` does not.
+            defuse_markers: Break the template's plain-text marks inside questions and answers, invisibly.
             device: `"cpu"`, `"cuda"`, ..., for PyTorch.
             dtype: `"auto"`, `"fp32"`, `"bf16"` or `"fp16"`, or PyTorch's names of these, for PyTorch.
             threads: Threads of one forward; all physical cores without it.
@@ -132,6 +138,7 @@ class Aligner:
             template=parts.template,
             decode=decode,
             safeguards=safeguards,
+            defuse_markers=defuse_markers,
             source=parts.source,
             max_batch_tokens=max_batch_tokens,
             micro_batch_ms=micro_batch_ms,
@@ -148,6 +155,7 @@ class Aligner:
             template=self.template,
             decode=self.decode_config if decode is None else decode,
             safeguards=self.safeguards if safeguards is None else safeguards,
+            defuse_markers=self._defuser.active,
             source=self.source,
             max_batch_tokens=self.max_batch_tokens,
             micro_batch_ms=self.micro_batch_ms,
@@ -286,11 +294,16 @@ class Aligner:
 
     def encode_prompt(self, question: str, prefix: str, text: str, feedback: str) -> Ids:
         """Return the ids of the prompt for `text`: a sentence, or a whole answer without prefix."""
+        question, prefix, text, feedback = map(self._defuser, (question, prefix, text, feedback))
         if self.template.granularity == "answer":
             spans = self.template.spans(question=question, answer=text, feedback=feedback)
         else:
             spans = self.template.spans(question=question, prefix=prefix, sentence=text, feedback=feedback)
         return self.tokenizer.encode(spans)
+
+    def encode_text(self, text: str) -> Ids:
+        """Return the ids of untrusted text as the prompt holds it: the template's marks in it defused."""
+        return self.tokenizer.encode_text(self._defuser(text))
 
     def run(
         self, prompt: Ids, reference: Ids, max_new_tokens: int, cache: PromptCache | None = None
@@ -338,6 +351,8 @@ class Aligner:
         # The same ids mean the same text: never through decoding, which could lose what ids cannot hold.
         same = decoded.kept or decoded.ids == reference
         proposed = core if same else self.tokenizer.decode(decoded.ids).strip()
+        proposed = core if proposed == self._defuser(core) else proposed
+        findings += self._defuser.report(question=question, answer=core)
         if decoded.stats.finish_reason != "eos" and not same:
             action = "kept_original" if self.safeguards == "keep_original" else "accepted"
             findings += (Finding("truncated", "the correction ended before it was complete", action),)
@@ -349,6 +364,8 @@ class Aligner:
             if shown != proposed and not is_kept(findings):
                 findings += (Finding("citations_lost", "missing citations were put back", "repaired"),)
         answer = "".join(margins)
+        # Copied marks stay defused where the text changed; untouched text is the answer, byte for byte.
+        shown = core if shown == core else self._defuser(shown)
         text = answer if is_kept(findings) else _put_back(margins, shown)
         return Correction(
             question=question,

@@ -47,7 +47,7 @@ def _correct_whole(
     if not has_words(core):
         return aligner.untouched(question, answer)
     prompt = aligner.encode_prompt(question, "", core, feedback)
-    reference = aligner.tokenizer.encode_text(core)
+    reference = aligner.encode_text(core)
     room = aligner.config.max_length - len(prompt)
     if room <= len(reference):
         raise InputTooLongError(

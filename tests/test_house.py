@@ -23,13 +23,14 @@ FILE_BUDGETS = {
     "errors.py": 80,
     "correction.py": 160,
     "config.py": 150,
-    "template.py": 220,
+    "template.py": 240,
+    "defuse.py": 90,
     "sentences.py": 400,
     "tokenizer.py": 200,
     "draft.py": 300,
     "decode.py": 350,
     "safeguards.py": 300,
-    "aligner.py": 380,
+    "aligner.py": 400,
     "stream.py": 390,
     "options.py": 130,
     "closed_loop.py": 120,
@@ -66,7 +67,7 @@ NOT_THE_LIBRARY_PROPER = ("training/", "evaluation/", "cli.py", "doctor.py", "te
 
 # Which way imports point: a file imports from its own floor or below.
 FLOORS = {
-    0: ("errors", "correction", "config", "template", "sentences", "safeguards"),
+    0: ("errors", "correction", "config", "template", "defuse", "sentences", "safeguards"),
     1: ("decode", "draft", "sampling", "tokenizer", "backends.base", "resilience"),
     2: (
         *(
