@@ -16,6 +16,7 @@ from aligner_integrations.backends.gathering import micro_batched
 from aligner_integrations.config import AlignerConfig, DecodeConfig, Granularity
 from aligner_integrations.correction import Correction, DecodeStats, Finding, make_edits
 from aligner_integrations.decode import Decoded, PromptCache, draft_decode, greedy_decode
+from aligner_integrations.defuse import Defuser
 from aligner_integrations.errors import AlignerError, CorrectionFailedError, ModelLoadError, TemplateError
 from aligner_integrations.errors import check_texts as check_texts
 from aligner_integrations.model_folder import HubOptions, RunOptions, load_model
@@ -56,6 +57,7 @@ class Aligner:
         template: CorrectionTemplate | None = None,
         decode: DecodeConfig | None = None,
         safeguards: Safeguards = "keep_original",
+        defuse_markers: bool = True,
         source: str = "",
         max_batch_tokens: int = 8192,
         micro_batch_ms: float = 0.0,
@@ -82,6 +84,8 @@ class Aligner:
         self.config = config
         self.decode_config = decode or DecodeConfig(edit_margin=config.edit_margin)
         self.safeguards = safeguards
+        special = tokenizer.special_tokens_in(self.template.frame)
+        self._defuser = Defuser(self.template.plain_markers(special), active=defuse_markers)
         self.max_batch_tokens = max_batch_tokens
         self.micro_batch_ms = micro_batch_ms
         self.keep_id = None if config.keep_token is None else tokenizer.token_id(config.keep_token)
@@ -100,6 +104,7 @@ class Aligner:
         template: str | CorrectionTemplate | None = None,
         decode: DecodeConfig | None = None,
         safeguards: Safeguards = "keep_original",
+        defuse_markers: bool = True,
         device: str | None = None,
         dtype: str = "auto",
         threads: int | None = None,
@@ -120,15 +125,14 @@ class Aligner:
             provider: `"auto"`, `"tensorrt"`, `"cuda"` or `"cpu"`, for ONNX Runtime.
             template: The frame; without it that of `aligner.json` or of a known hub name holds.
             decode: How to decode; without it the folder's `edit_margin` holds.
-            safeguards: `"keep_original"` puts a harmful correction back to the answer, `"off"` does not;
-                `{check: action}` changes single actions, and a `SafeguardPolicy` thresholds too.
+            safeguards: `"keep_original"`, `"off"`, `{check: action}` or a `SafeguardPolicy` (its docstring).
+            defuse_markers: Break the template's plain-text marks inside questions and answers, invisibly.
             device: `"cpu"`, `"cuda"`, ..., for PyTorch.
             dtype: `"auto"`, `"fp32"`, `"bf16"` or `"fp16"`, or PyTorch's names of these, for PyTorch.
             threads: Threads of one forward; all physical cores without it.
             provider_options: Handed to ONNX Runtime's provider as they are.
-            revision: Like the next three, handed to huggingface-hub as it is.
-            token: A token of the hub; the one that is saved without it.
-            cache_dir: Where the hub's files are kept.
+            revision: A commit, tag or branch of the hub's repository; a commit pins what is run.
+            token: A token of the hub; `cache_dir`: where its files are kept.
             local_files_only: Take what was fetched before, without a connection.
             max_batch_tokens: So many tokens share a forward, at most.
             micro_batch_ms: So long a stream waits for others to share a forward with.
@@ -145,6 +149,7 @@ class Aligner:
             template=parts.template,
             decode=decode,
             safeguards=safeguards,
+            defuse_markers=defuse_markers,
             source=parts.source,
             max_batch_tokens=max_batch_tokens,
             micro_batch_ms=micro_batch_ms,
@@ -162,6 +167,7 @@ class Aligner:
             template=self.template,
             decode=self.decode_config if decode is None else decode,
             safeguards=self.safeguards if safeguards is None else safeguards,
+            defuse_markers=self._defuser.active,
             source=self.source,
             max_batch_tokens=self.max_batch_tokens,
             micro_batch_ms=self.micro_batch_ms,
@@ -335,11 +341,16 @@ class Aligner:
 
     def encode_prompt(self, question: str, prefix: str, text: str, feedback: str) -> Ids:
         """Return the ids of the prompt for `text`: a sentence, or a whole answer without prefix."""
+        question, prefix, text, feedback = map(self._defuser, (question, prefix, text, feedback))
         if self.template.granularity == "answer":
             spans = self.template.spans(question=question, answer=text, feedback=feedback)
         else:
             spans = self.template.spans(question=question, prefix=prefix, sentence=text, feedback=feedback)
         return self.tokenizer.encode(spans)
+
+    def encode_text(self, text: str) -> Ids:
+        """Return the ids of untrusted text as the prompt holds it: the template's marks in it defused."""
+        return self.tokenizer.encode_text(self._defuser(text))
 
     def run(
         self,
@@ -400,6 +411,8 @@ class Aligner:
         # The same ids mean the same text: never through decoding, which could lose what ids cannot hold.
         same = decoded.kept or decoded.ids == reference
         proposed = core if same else self.tokenizer.decode(decoded.ids).strip()
+        proposed = core if proposed == self._defuser(core) else proposed
+        findings += self._defuser.report(question=question, answer=core)
         if decoded.stats.finish_reason != "eos" and not same:
             findings += (policy.find("truncated", "the correction ended before it was complete"),)
         special = policy.special_tokens | self.tokenizer.special_tokens_in(proposed)
@@ -407,6 +420,8 @@ class Aligner:
         shown, found = guard_correction(question, core, proposed, policy=policy)
         findings += found
         answer = "".join(margins)
+        # Copied marks stay defused where the text changed; untouched text is the answer, byte for byte.
+        shown = core if shown == core else self._defuser(shown)
         text = answer if is_kept(findings) else _put_back(margins, shown)
         return Correction(
             question=question,

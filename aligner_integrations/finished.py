@@ -47,7 +47,7 @@ def _correct_whole(
         return aligner.untouched(question, answer)
     with budget.sentence() as deadline:
         prompt = aligner.encode_prompt(question, "", core, feedback)
-        reference = aligner.tokenizer.encode_text(core)
+        reference = aligner.encode_text(core)
         room = aligner.config.max_length - len(prompt)
         if room <= len(reference):
             raise InputTooLongError(

@@ -39,7 +39,7 @@ class SentenceSession:
     ) -> None:
         self._aligner = aligner
         self._question = question
-        self._question_ids = aligner.tokenizer.encode_text(question)
+        self._question_ids = aligner.encode_text(question)
         self._feedback = feedback
         self._cache = PromptCache(aligner.backend) if cache is None else cache
         self._budget = budget or Budget()
@@ -49,7 +49,7 @@ class SentenceSession:
 
     def accept(self, text: str) -> None:
         """Take a piece of the answer into the prefix: the reader has seen it."""
-        tokens = len(self._aligner.tokenizer.encode_text(text))
+        tokens = len(self._aligner.encode_text(text))
         self._window.append((text, tokens))
         self._held += tokens
         # Once refused, what is left of a harmful answer may be dropped.
@@ -71,7 +71,7 @@ class SentenceSession:
         if not is_prose or not has_words(core):
             return self._aligner.untouched(self._question, str(piece))
         with self._budget.sentence() as deadline:
-            reference = self._aligner.tokenizer.encode_text(core)
+            reference = self._aligner.encode_text(core)
             prompt, findings = self._fit(core, len(reference))
             room = self._aligner.config.max_length - len(prompt)
             wanted = self._aligner.decode_config.max_new_tokens or 2 * len(reference) + _SPARE_TOKENS
@@ -109,7 +109,7 @@ class SentenceSession:
         while taken > limit:
             # Cut inside a character, the first one reads as broken; it goes.
             question = tokenizer.decode(ids[len(ids) - keep :]).lstrip("\ufffd")
-            taken = len(tokenizer.encode_text(question))
+            taken = len(self._aligner.encode_text(question))
             keep -= 1 + keep // 16
         return question, taken
 

@@ -23,7 +23,8 @@ FILE_BUDGETS = {
     "errors.py": 80,
     "correction.py": 160,
     "config.py": 150,
-    "template.py": 220,
+    "template.py": 240,
+    "defuse.py": 90,
     "sentences.py": 400,
     "tokenizer.py": 200,
     "draft.py": 300,
@@ -35,7 +36,7 @@ FILE_BUDGETS = {
     "checks.py": 400,
     "spacing.py": 120,
     "repair.py": 200,
-    "aligner.py": 440,
+    "aligner.py": 460,
     "stream.py": 400,
     "options.py": 140,
     "closed_loop.py": 120,
@@ -74,17 +75,8 @@ NOT_THE_LIBRARY_PROPER = ("training/", "evaluation/", "cli.py", "doctor.py", "te
 # Which way imports point: a file imports from its own floor or below.
 FLOORS = {
     0: (
-        "errors",
-        "correction",
-        "config",
-        "template",
-        "sentences",
-        "safeguards",
-        "policy",
-        "wording",
-        "held",
-        "checks",
-        "repair",
+        *("errors", "correction", "config", "template", "defuse", "sentences"),
+        *("safeguards", "policy", "wording", "held", "checks", "repair", "spacing"),
     ),
     1: ("decode", "draft", "sampling", "tokenizer", "backends.base", "resilience"),
     2: (
