@@ -32,7 +32,9 @@ FILE_BUDGETS = {
     "aligner.py": 380,
     "stream.py": 390,
     "options.py": 130,
-    "closed_loop.py": 120,
+    "closed_loop.py": 380,
+    "read_ahead.py": 130,
+    "continuation.py": 90,
     "finished.py": 130,
     "batch.py": 180,
     "resilience.py": 200,
@@ -53,6 +55,8 @@ FILE_BUDGETS = {
     "cli.py": 400,
     "doctor.py": 130,
     "testing/": 350,
+    "langchain/messages.py": 370,
+    "langchain/chat_model.py": 400,
     "langchain/": 350,
     "llama_index/": 350,
     "training/": 350,
@@ -60,14 +64,14 @@ FILE_BUDGETS = {
 }
 FUNCTION_BUDGET = 60
 # Lines of the library proper: what each framework's adapter may take, and the rest together.
-CEILINGS = {"langchain/": 3500, "llama_index/": 2000, "": 5800}
+CEILINGS = {"langchain/": 3900, "llama_index/": 2000, "": 6400}
 EXPORT = ("export.py", "llama_graph.py", "logit_graph.py", "stored_weights.py")
 NOT_THE_LIBRARY_PROPER = ("training/", "evaluation/", "cli.py", "doctor.py", "testing/", *EXPORT)
 
 # Which way imports point: a file imports from its own floor or below.
 FLOORS = {
-    0: ("errors", "correction", "config", "template", "sentences", "safeguards"),
-    1: ("decode", "draft", "sampling", "tokenizer", "backends.base", "resilience"),
+    0: ("errors", "correction", "config", "template", "sentences", "safeguards", "read_ahead"),
+    1: ("decode", "draft", "sampling", "tokenizer", "backends.base", "resilience", "continuation"),
     2: (
         *(
             "backends",
