@@ -132,7 +132,8 @@ class Aligner:
             threads: Threads of one forward; all physical cores without it.
             provider_options: Handed to ONNX Runtime's provider as they are.
             revision: A commit, tag or branch of the hub's repository; a commit pins what is run.
-            token: A token of the hub; `cache_dir`: where its files are kept.
+            token: A token of the hub; the one that is saved without it.
+            cache_dir: Where the hub's files are kept.
             local_files_only: Take what was fetched before, without a connection.
             max_batch_tokens: So many tokens share a forward, at most.
             micro_batch_ms: So long a stream waits for others to share a forward with.

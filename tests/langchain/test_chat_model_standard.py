@@ -46,6 +46,22 @@ class TestIntegrationAroundLocal(_AroundLocal, ChatModelIntegrationTests):
     pass
 
 
+class _ClosedAroundLocal(_AroundLocal):
+    """Where it changed a sentence it asks anew."""
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {**super().chat_model_params, "loop": "closed"}
+
+
+class TestUnitClosedAroundLocal(_ClosedAroundLocal, ChatModelUnitTests):
+    pass
+
+
+class TestIntegrationClosedAroundLocal(_ClosedAroundLocal, ChatModelIntegrationTests):
+    pass
+
+
 class _AroundFake:
     @property
     def chat_model_class(self) -> type[BaseChatModel]:
@@ -90,4 +106,18 @@ class TestUnitAroundGeneric(_AroundGeneric, ChatModelUnitTests):
 
 
 class TestIntegrationAroundGeneric(_AroundGeneric, ChatModelIntegrationTests):
+    pass
+
+
+class _ClosedAroundGeneric(_AroundGeneric):
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {**super().chat_model_params, "loop": "closed"}
+
+
+class TestUnitClosedAroundGeneric(_ClosedAroundGeneric, ChatModelUnitTests):
+    pass
+
+
+class TestIntegrationClosedAroundGeneric(_ClosedAroundGeneric, ChatModelIntegrationTests):
     pass
