@@ -62,6 +62,7 @@ class _Folds(dict[int, int]):
 
 
 _FOLDS = _Folds()
+_FOLDS[ord("▁")] = ord(" ")  # SentencePiece writes a space so, and reads this back as one
 
 
 def _folded(text: str) -> str:
