@@ -61,8 +61,9 @@ _SHORT_WORDS = (
     "cm mm kg mg ml lb oz ft pm hz vs mr ms dr st jr sr "
 )
 _LAST_WORD = re.compile(r"(?<![\w'’-])([A-Za-z]+)\s*\Z")
+_HEADING = re.compile(r"\s*(?:#|\*\*|[-*] |\d{1,3}[.)])")
 _BARE_MARKER = re.compile(r"\n[ \t]*(?:\d{1,3}[.)]?|[-*+#>|]{1,3})[ \t]*(?:\.{3}|…)?[ \t]*\Z")
-_OPEN_END = re.compile(r"[,;(\[{،，、—–-]\s*\Z")
+_OPEN_END = re.compile(r"[,;(\[{،，、—–-]\s*\Z|\s[$€£]\s*\Z")
 _CLOSING_TAG = re.compile(r"</([A-Za-z][A-Za-z0-9]{0,9})>")
 _SPACING = {
     "no word has so many letters": long_runs,
@@ -127,9 +128,12 @@ def _long_lines(text: str) -> Counter[str]:
 
 def check_truncated(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
     """Find an end that no writer would choose, where the answer's own end is none such."""
-    reason = _unfinished(proposed)
-    if reason is None and 2 * len(proposed) < len(answer) and proposed.rstrip().endswith(":"):
-        reason = "it announces what does not come"
+    reason, end = _unfinished(proposed), proposed.rstrip()
+    if reason is None and end.rstrip("*_").endswith(":"):
+        heading = _HEADING.match(end.rpartition("\n")[2])
+        reason = "it announces what does not come" if heading or 2 * len(end) < len(answer) else None
+    if reason is None and end.endswith(("...", "…")) and "..." not in answer and "…" not in answer:
+        reason = "it ends with an ellipsis"
     if reason is None and (last := _LAST_WORD.search(proposed[-200:])) and len(last[1]) == 2:
         known = f" {last[1].lower()} " in _SHORT_WORDS or last[1] in words(f"{question} {answer}")
         reason = None if known or language_of(proposed) != "en" else f"no word is {last[1]!r}"
@@ -146,7 +150,7 @@ def _unfinished(text: str) -> str | None:
     if _BARE_MARKER.search(end):
         return "its last line is a bare list mark"
     if _OPEN_END.search(end):
-        return f"it ends with {end[-1]!r}"
+        return f"it ends with {end.rstrip()[-1]!r}"
     last = _LAST_WORD.search(end)
     if last and f" {last[1]} " in _UNFINISHED:
         return f"it ends with the word {last[1]!r}"

@@ -23,6 +23,7 @@ import hashlib
 import json
 import random
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +34,12 @@ _FULLWIDTH = re.compile("[，。！？：；（）、【】「」『』《》]")
 _HAN = re.compile("[\u3400-\u9fff]")
 _LETTERS = re.compile(r"[a-z]{21,}")
 _SEED = 6
-# How many of (looks damaged, long) are read in each round.
-_STRATA = {(True, False): 15, (True, True): 15, (False, False): 35, (False, True): 35}
+# How many of (looks damaged, long) are read in each round: of the first kind all are in two of them.
+_ROUNDS: tuple[dict[tuple[bool, bool], int], ...] = (
+    {(True, False): 15, (True, True): 15, (False, False): 35, (False, True): 35},
+    {(True, False): 15, (True, True): 15, (False, False): 35, (False, True): 35},
+    {(False, False): 50, (False, True): 50},
+)
 _LONG = 2000
 
 
@@ -82,18 +87,18 @@ def read_rows(data: Path) -> list[Published]:
     return [Published(**{name: row[name] for name in fields}) for row in rows]
 
 
-def samples(rows: Sequence[Published], rounds: int = 2) -> list[list[Published]]:
+def samples(rows: Sequence[Published]) -> list[list[Published]]:
     """Return the rows to read, round by round: held back, changed, and so many of each stratum."""
-    strata: dict[tuple[bool, bool], list[Published]] = {key: [] for key in _STRATA}
+    strata: dict[tuple[bool, bool], list[Published]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: row.id):
         if row.is_changed and row.is_held_back:
             strata[looks_damaged(row), len(row.correction) >= _LONG].append(row)
     drawn: list[list[Published]] = []
-    for seed in range(_SEED, _SEED + rounds):
+    for seed, wanted in enumerate(_ROUNDS, start=_SEED):
         chance = random.Random(seed)
         drawn.append([])
-        for key, found in strata.items():
-            taken = chance.sample(found, min(_STRATA[key], len(found)))
+        for key, times in wanted.items():
+            taken = chance.sample(strata[key], min(times, len(strata[key])))
             drawn[-1] += taken
-            strata[key] = [row for row in found if row not in taken]
+            strata[key] = [row for row in strata[key] if row not in taken]
     return drawn
