@@ -50,6 +50,8 @@ _ASKED_LANGUAGE = re.compile(
     re.IGNORECASE,
 )
 _STRAY_WORDS = ("и", "или", "và")
+# A mark of another script behind a Latin letter.
+_LATIN_MARK, _LATIN = re.compile("[A-Za-z][、。，；：！？،]"), re.compile("[A-Za-z]")
 _ENCLOSING = "(（[\"'“‘「『*_`/«"
 # No sentence ends on these, and no text with "2." alone on its last line.
 _UNFINISHED = (
@@ -61,6 +63,13 @@ _SHORT_WORDS = (
     "cm mm kg mg ml lb oz ft pm hz vs mr ms dr st jr sr "
 )
 _LAST_WORD = re.compile(r"(?<![\w'’-])([A-Za-z]+)\s*\Z")
+_BARE_HEADING = re.compile(r"\s*(?:#{1,6} [^\n]*|\*\*[^*\n]*[^*\n.!?)\"”]\*\*)")
+_COUNTED = re.compile(r"^[ \t#*]*(?:Day |Step |Week |Part )?(\d{1,3})[ ]?(?:[.):]|(?= [A-Z]))", re.MULTILINE)
+_ASKED_COUNT = re.compile(
+    r"\btop (\d{1,3})\b|(?<![\d.,])(\d{1,3})[- ](?:day|week|step|point|part|item|example|tip|idea|reason|"
+    r"fact|question|thing|way|word|title|name|place|song|movie|film|book)s?\b",
+    re.IGNORECASE,
+)
 _HEADING = re.compile(r"\s*(?:#|\*\*|[-*] |\d{1,3}[.)])")
 _BARE_MARKER = re.compile(r"\n[ \t]*(?:\d{1,3}[.)]?|[-*+#>|]{1,3})[ \t]*(?:\.{3}|…)?[ \t]*\Z")
 _OPEN_END = re.compile(r"[,;(\[{،，、—–-]\s*\Z|\s[$€£]\s*\Z")
@@ -129,9 +138,14 @@ def _long_lines(text: str) -> Counter[str]:
 def check_truncated(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
     """Find an end that no writer would choose, where the answer's own end is none such."""
     reason, end = _unfinished(proposed), proposed.rstrip()
-    if reason is None and end.rstrip("*_").endswith(":"):
-        heading = _HEADING.match(end.rpartition("\n")[2])
+    last_line = end.rpartition("\n")[2]
+    if reason is None and (_BARE_HEADING.fullmatch(last_line) or end.rstrip("*_").endswith(":")):
+        heading = _HEADING.match(last_line) and not _BARE_HEADING.fullmatch(
+            answer.rstrip().rpartition("\n")[2]
+        )
         reason = "it announces what does not come" if heading or 2 * len(end) < len(answer) else None
+    if reason is None:
+        reason = _too_few(question, answer, proposed)
     if reason is None and end.endswith(("...", "…")) and "..." not in answer and "…" not in answer:
         reason = "it ends with an ellipsis"
     if reason is None and (last := _LAST_WORD.search(proposed[-200:])) and len(last[1]) == 2:
@@ -140,6 +154,17 @@ def check_truncated(question: str, answer: str, proposed: str, policy: Safeguard
     if reason is None or _unfinished(answer) is not None:
         return None
     return policy.find("truncated", f"the correction breaks off: {reason}")
+
+
+def _too_few(question: str, answer: str, proposed: str) -> str | None:
+    """Return what is amiss when the answer counts to the number asked for, and the correction does not."""
+    wanted = {int(match[1] or match[2]) for match in _ASKED_COUNT.finditer(question)}
+    had = {int(mark) for mark in _COUNTED.findall(answer)}
+    have = {int(mark) for mark in _COUNTED.findall(proposed)}
+    for number in sorted(wanted & had):
+        if {1, 2} <= have and max(have) < number:
+            return f"it counts to {max(have)}, not to {number}"
+    return None
 
 
 def _unfinished(text: str) -> str | None:
@@ -164,6 +189,9 @@ def check_scripts(question: str, answer: str, proposed: str, policy: SafeguardPo
     about a language.
     """
     asked = _ASKED_LANGUAGE.search(question) is not None
+    marked = _LATIN_MARK.search(proposed)
+    if marked and not _LATIN_MARK.search(f"{question}\n{answer}") and _is_latin(proposed):
+        return policy.find("script_mixing", f"a mark of another script: {_near(proposed, marked)}")
     for name, run in _SCRIPT_RUNS.items():
         if run.search(question) or run.search(answer):
             continue
@@ -174,9 +202,19 @@ def check_scripts(question: str, answer: str, proposed: str, policy: SafeguardPo
             example = asked and text not in _STRAY_WORDS
             if any(char.isalpha() for char in text) and (enclosed or example):
                 continue
-            near = proposed[max(0, start - 20) : match.end() + 10]
-            return policy.find("script_mixing", f"{name} characters that were not there: {near[:_SHOWN]!r}")
+            return policy.find(
+                "script_mixing", f"{name} characters that were not there: {_near(proposed, match)}"
+            )
     return None
+
+
+def _is_latin(text: str) -> bool:
+    return len(_LATIN.findall(text)) > 10 * sum(map(len, _SCRIPT_RUNS["East Asian"].findall(text)))
+
+
+def _near(text: str, match: re.Match[str]) -> str:
+    """Return the match and a little around it, as evidence."""
+    return repr(text[max(0, match.start() - 20) : match.end() + 10][:_SHOWN])
 
 
 def check_spacing(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:

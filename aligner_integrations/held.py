@@ -85,11 +85,10 @@ def tables(text: str) -> list[tuple[tuple[str, ...], ...]]:
     found: list[tuple[tuple[str, ...], ...]] = []
     lines, at = text.split("\n"), 1
     while at < len(lines):
-        if (
-            "|" in lines[at - 1]
-            and "|" in lines[at]
-            and all(map(_DELIMITER_CELL.fullmatch, _cells(lines[at])))
-        ):
+        # Some write the row of dashes without its pipes; then a row with pipes has to follow.
+        row, after = lines[at], lines[at + 1] if at + 1 < len(lines) else ""
+        delimits = "|" in lines[at - 1] and "-" in row and "|" in (row + after)
+        if delimits and all(map(_DELIMITER_CELL.fullmatch, _cells(row))):
             end = at + 1
             while end < len(lines) and "|" in lines[end]:
                 end += 1

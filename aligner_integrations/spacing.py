@@ -23,7 +23,7 @@ _WHOLE = (
     "yourselves thereof hereof whereof thereto hereto hitherto therefor therefrom herewith therewith "
     "breathe rebreathe sheathe unsheathe wreathe bequeathe absinthe unclothe andthen "
 )
-_WITH_A = " isa ofa wasa hasa fora witha bya thata "
+_WITH_A = " isa asa ofa wasa hasa fora witha bya thata "
 # Long words in "the" are few; "-land", "-stand", "-hand", "-band", "-mand" and "-sand" are left alone.
 _ODD_END = re.compile(
     r"[A-Z][a-z]{5,}the|[a-z]{4,}the|[a-z]{4,}[aeouydnk]and|[a-z]{3,}ly(?:to|of|and|for|with|that|from)"
@@ -37,8 +37,10 @@ _FORMING = (
 _CAPITAL = re.compile(r"(?<![A-Za-z])(?:the|and|of|to|in|for|with|from|by|as|on|at|that|or)([A-Z][a-z]{2,})")
 # No white space after a comma, or between two sentences.
 _NO_SPACE = re.compile(
-    r"[a-z]{2}\.? ?[,;]{1,2}[\"”]?[A-Za-z]{2}|[a-z]{3}[.!?][A-Z][a-z]+(?=[ ,'’])|[a-z]{2}[.!?][\"”](?:[A-Z][a-z]|\d)"
+    r"[a-z]{2}\.? ?[,;]{1,2}[\"”]?[A-Za-z]{2}| &[a-z]+(?= )|[a-z]{3}[.!?][A-Z][a-z]+(?=[ ,'’])"
+    r"|[a-z]{2}[.!?][\"”](?:[A-Z][a-z]|\d)|[a-z]{3}\d{1,2}\.\*{0,2}[A-Z]"
 )
+_TWO_LONG = 16  # letters of two long words; shorter compounds exist
 _LONGEST = 40  # letters; longer ones are runs
 _CONTEXT = 8
 
@@ -89,8 +91,10 @@ def _is_glued(word: str, known: set[str]) -> bool:
         for end in _LONG_STEM.finditer(lower)
     ):
         return True
-    if not lower.startswith(_FORMING) and any(
-        lower[:at] in known and lower[at:] in known for at in range(6, min(len(lower) - 5, 20))
+    if (
+        len(lower) >= _TWO_LONG
+        and not lower.startswith(_FORMING)
+        and any(lower[:at] in known and lower[at:] in known for at in range(6, min(len(lower) - 5, 20)))
     ):
         return True
     return _ODD_END.fullmatch(word) is not None

@@ -39,6 +39,7 @@ _ROUNDS: tuple[dict[tuple[bool, bool], int], ...] = (
     {(True, False): 15, (True, True): 15, (False, False): 35, (False, True): 35},
     {(True, False): 15, (True, True): 15, (False, False): 35, (False, True): 35},
     {(False, False): 50, (False, True): 50},
+    {(False, False): 50, (False, True): 50},
 )
 _LONG = 2000
 
