@@ -72,7 +72,7 @@ _ASKED_COUNT = re.compile(
 )
 _HEADING = re.compile(r"\s*(?:#|\*\*|[-*] |\d{1,3}[.)])")
 _BARE_MARKER = re.compile(r"\n[ \t]*(?:\d{1,3}[.)]?|[-*+#>|]{1,3})[ \t]*(?:\.{3}|…)?[ \t]*\Z")
-_OPEN_END = re.compile(r"[,;(\[{،，、—–-]\s*\Z|\s[$€£]\s*\Z")
+_OPEN_END = re.compile(r"[,;(\[{،，、—–-][\"”’]?\s*\Z|\s[$€£]\s*\Z")
 _CLOSING_TAG = re.compile(r"</([A-Za-z][A-Za-z0-9]{0,9})>")
 _SPACING = {
     "no word has so many letters": long_runs,

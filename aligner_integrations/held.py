@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import textwrap
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 _FENCE = re.compile(r"[ \t>]*(`{3,}|~{3,})([^\n]*)")
 _DELIMITER_CELL = re.compile(r":?-+:?")
@@ -143,8 +145,25 @@ def numbers(text: str) -> list[str]:
 
 
 def citations(text: str) -> list[re.Match[str]]:
-    """Return the citation marks of `text`, such as `[1]`, `[2, 3]`, `[^1]` and `[1](url)`."""
-    return [match for match in _CITATION.finditer(text) if match["mark"]]
+    """Return the citation marks of `text`, such as `[1]`, `[2, 3]`, `[^1]` and `[1](url)`.
+
+    Code has none, nor has a text with numbers in brackets that do not ascend: they are data.
+    """
+    marks = [match for match in _CITATION.finditer(text) if match["mark"]]
+    if marks and ("```" in text or "~~~" in text):
+        blocks = code_blocks(text)
+        starts = [block.start for block in blocks]
+        before = [bisect_right(starts, mark.start()) for mark in marks]
+        inside = (at and mark.start() < blocks[at - 1].end for mark, at in zip(marks, before, strict=True))
+        marks = [mark for mark, is_code in zip(marks, inside, strict=True) if not is_code]
+    return marks if all(map(_ascends, marks)) else []
+
+
+def _ascends(mark: re.Match[str]) -> bool:
+    if mark[0].startswith("[^"):
+        return True
+    found = [int(number) for number in re.findall(r"\d+", mark[0].partition("]")[0])]
+    return all(first < second for first, second in pairwise(found))
 
 
 def _marks(opening: str) -> str:
