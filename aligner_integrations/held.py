@@ -68,6 +68,18 @@ def code_blocks(text: str) -> list[CodeBlock]:
     return blocks
 
 
+def prose_of(text: str) -> str:
+    """Return `text` without its code, its addresses, and its formulas between marks of their own."""
+    prose = _DOLLARS.sub(" ", without_code(text))
+    for opener, closer in _DISPLAYS[:3]:
+        parts, at = list[str](), 0
+        for start, end in _between(prose, opener, closer):
+            parts.append(prose[at:start])
+            at = end
+        prose = " ".join((*parts, prose[at:]))
+    return prose
+
+
 def without_code(text: str) -> str:
     """Return `text` with nothing in place of its code blocks, inline code and addresses."""
     parts, at = list[str](), 0
@@ -108,7 +120,7 @@ def formulas(text: str) -> set[str]:
         if _MATHEMATICS.search(match[1]) or (len(match[1]) == 1 and match[1].isalpha())
     }
     for opener, closer in _DISPLAYS:
-        found.update(_between(text, opener, closer))
+        found.update(text[start:end] for start, end in _between(text, opener, closer))
     return {bare for body in found if (bare := "".join(body.split()))}
 
 
@@ -175,13 +187,14 @@ def _cells(line: str) -> tuple[str, ...]:
     return tuple(cell.strip() for cell in line.strip(" \t\r>").strip("|").split("|"))
 
 
-def _between(text: str, opener: str, closer: str) -> Iterator[str]:
+def _between(text: str, opener: str, closer: str) -> Iterator[tuple[int, int]]:
+    """Yield where what stands between `opener` and `closer` begins and ends."""
     at = text.find(opener)
     while at >= 0:
         end = text.find(closer, at + len(opener))
         if end < 0:
             return
-        yield text[at + len(opener) : end]
+        yield at + len(opener), end
         at = text.find(opener, end + len(closer))
 
 

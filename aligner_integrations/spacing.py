@@ -21,7 +21,7 @@ _TINY = frozenset(
 _WHOLE = (
     " into onto unto without within withdraw withdrawn withdrawal withhold withstand withheld yourself "
     "yourselves thereof hereof whereof thereto hereto hitherto therefor therefrom herewith therewith "
-    "breathe rebreathe sheathe unsheathe wreathe bequeathe absinthe unclothe andthen "
+    "breathe rebreathe sheathe unsheathe wreathe bequeathe absinthe unclothe andthen often "
 )
 _WITH_A = " isa asa ofa wasa hasa fora witha bya thata "
 # Long words in "the" are few; "-land", "-stand", "-hand", "-band", "-mand" and "-sand" are left alone.
@@ -37,7 +37,7 @@ _FORMING = (
 _CAPITAL = re.compile(r"(?<![A-Za-z])(?:the|and|of|to|in|for|with|from|by|as|on|at|that|or)([A-Z][a-z]{2,})")
 # No white space after a comma, or between two sentences.
 _NO_SPACE = re.compile(
-    r"[a-z]{2}\.? ?[,;]{1,2}[\"”]?[A-Za-z]{2}| &[a-z]+(?= )|[a-z]{3}[.!?][A-Z][a-z]+(?=[ ,'’])"
+    r"[a-z]{2}\.? ?[,;]{1,2}[\"”]?[A-Za-z]{2}| &[a-z]+(?= )|(?<![A-Za-z])[a-z]{3,}[.!?][A-Z][a-z]+(?=[ ,'’])"
     r"|[a-z]{2}[.!?][\"”](?:[A-Z][a-z]|\d)|[a-z]{3}\d{1,2}\.\*{0,2}[A-Z]"
 )
 _TWO_LONG = 16  # letters of two long words; shorter compounds exist
@@ -80,12 +80,12 @@ def _is_glued(word: str, known: set[str]) -> bool:
         return True
     if len(word) < 5 or f" {lower} " in _WHOLE:
         return False
+    if word[1:] != lower[1:]:  # a name, such as those of many programs
+        return False
     if any(part in known and len(part) >= 3 for part in _others(lower)) or _has_middle(lower, known):
         return True
     if (lower[-3:] in ("the", "you") and lower[:-3] in _TINY) or (word[-2:] == "sa" and word[:-1] in known):
         return True
-    if word[1:] != lower[1:]:  # a name, such as those of many programs
-        return False
     if any(
         end.end() >= 7 and lower[: end.end()] in known and lower[end.end() :] in known
         for end in _LONG_STEM.finditer(lower)
