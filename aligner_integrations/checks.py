@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from aligner_integrations import held
 from aligner_integrations.correction import Finding
+from aligner_integrations.endings import unfinished
 from aligner_integrations.policy import SafeguardPolicy
 from aligner_integrations.spacing import glued_words, long_runs, unspaced
 from aligner_integrations.template import MARKERS
@@ -50,19 +51,9 @@ _ASKED_LANGUAGE = re.compile(
     re.IGNORECASE,
 )
 _STRAY_WORDS = ("и", "или", "và")
+# A mark of another script behind a Latin letter.
+_LATIN_MARK, _LATIN = re.compile("[A-Za-z][、。，；：！？،]"), re.compile("[A-Za-z]")
 _ENCLOSING = "(（[\"'“‘「『*_`/«"
-# No sentence ends on these, and no text with "2." alone on its last line.
-_UNFINISHED = (
-    " the a an and or of from your their its my our these into is are was were be than because while such "
-    "between when if but whose "
-)
-_SHORT_WORDS = (
-    " is it of on or so to up us we an as at be by do go he if in me my no am ok oh hi tv ai pc id uk eu km "
-    "cm mm kg mg ml lb oz ft pm hz vs mr ms dr st jr sr "
-)
-_LAST_WORD = re.compile(r"(?<![\w'’-])([A-Za-z]+)\s*\Z")
-_BARE_MARKER = re.compile(r"\n[ \t]*(?:\d{1,3}[.)]?|[-*+#>|]{1,3})[ \t]*(?:\.{3}|…)?[ \t]*\Z")
-_OPEN_END = re.compile(r"[,;(\[{،，、—–-]\s*\Z")
 _CLOSING_TAG = re.compile(r"</([A-Za-z][A-Za-z0-9]{0,9})>")
 _SPACING = {
     "no word has so many letters": long_runs,
@@ -112,7 +103,7 @@ def check_markers(question: str, answer: str, proposed: str, policy: SafeguardPo
 
 def check_repetition(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
     """Find the same words or the same line over and over."""
-    text, old = held.without_code(proposed), held.without_code(answer)
+    text, old = held.prose_of(proposed), held.prose_of(answer)
     if has_loop(text) and not has_loop(old):
         return policy.find("repetition", "the correction repeats itself at its end")
     lines, had = _long_lines(text), _long_lines(old)
@@ -127,30 +118,8 @@ def _long_lines(text: str) -> Counter[str]:
 
 def check_truncated(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
     """Find an end that no writer would choose, where the answer's own end is none such."""
-    reason = _unfinished(proposed)
-    if reason is None and 2 * len(proposed) < len(answer) and proposed.rstrip().endswith(":"):
-        reason = "it announces what does not come"
-    if reason is None and (last := _LAST_WORD.search(proposed[-200:])) and len(last[1]) == 2:
-        known = f" {last[1].lower()} " in _SHORT_WORDS or last[1] in words(f"{question} {answer}")
-        reason = None if known or language_of(proposed) != "en" else f"no word is {last[1]!r}"
-    if reason is None or _unfinished(answer) is not None:
-        return None
-    return policy.find("truncated", f"the correction breaks off: {reason}")
-
-
-def _unfinished(text: str) -> str | None:
-    blocks = held.code_blocks(text)
-    if blocks and blocks[-1].end == len(text) and not blocks[-1].closed:
-        return "a code block is still open"
-    end = text.rstrip()[-200:]
-    if _BARE_MARKER.search(end):
-        return "its last line is a bare list mark"
-    if _OPEN_END.search(end):
-        return f"it ends with {end[-1]!r}"
-    last = _LAST_WORD.search(end)
-    if last and f" {last[1]} " in _UNFINISHED:
-        return f"it ends with the word {last[1]!r}"
-    return None
+    reason = unfinished(question, answer, proposed)
+    return policy.find("truncated", f"the correction breaks off: {reason}") if reason else None
 
 
 def check_scripts(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
@@ -160,6 +129,9 @@ def check_scripts(question: str, answer: str, proposed: str, policy: SafeguardPo
     about a language.
     """
     asked = _ASKED_LANGUAGE.search(question) is not None
+    marked = _LATIN_MARK.search(proposed)
+    if marked and not _LATIN_MARK.search(f"{question}\n{answer}") and _is_latin(proposed):
+        return policy.find("script_mixing", f"a mark of another script: {_near(proposed, marked)}")
     for name, run in _SCRIPT_RUNS.items():
         if run.search(question) or run.search(answer):
             continue
@@ -170,14 +142,24 @@ def check_scripts(question: str, answer: str, proposed: str, policy: SafeguardPo
             example = asked and text not in _STRAY_WORDS
             if any(char.isalpha() for char in text) and (enclosed or example):
                 continue
-            near = proposed[max(0, start - 20) : match.end() + 10]
-            return policy.find("script_mixing", f"{name} characters that were not there: {near[:_SHOWN]!r}")
+            return policy.find(
+                "script_mixing", f"{name} characters that were not there: {_near(proposed, match)}"
+            )
     return None
+
+
+def _is_latin(text: str) -> bool:
+    return len(_LATIN.findall(text)) > 10 * sum(map(len, _SCRIPT_RUNS["East Asian"].findall(text)))
+
+
+def _near(text: str, match: re.Match[str]) -> str:
+    """Return the match and a little around it, as evidence."""
+    return repr(text[max(0, match.start() - 20) : match.end() + 10][:_SHOWN])
 
 
 def check_spacing(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
     """Find words that lost the white space between them."""
-    text, had = held.without_code(proposed), f"{question}\n{answer}"
+    text, had = held.prose_of(proposed), f"{question}\n{answer}"
     # English alone: other languages write long words, and other small ones.
     if language_of(text) not in ("en", None):
         return None

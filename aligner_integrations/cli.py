@@ -306,9 +306,18 @@ def evaluate_model(
     provider: ProviderOption = "auto",
     edit_margin: MarginOption = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Held-out rows of each task, at most.")] = 600,
+    harm: Annotated[
+        bool, typer.Option("--harm", help="Measure the safeguards on published corrections instead.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model on held-out rows: each figure beside its target, and the curve over the margin."""
+    if harm:
+        from aligner_integrations.evaluation.harm import run_harm
+
+        found = run_harm(data)
+        typer.echo(json.dumps(found.to_dict())) if as_json else _show_report(found.shown())
+        return
     with _extra("eval"):
         from aligner_integrations.evaluation.figures import evaluate
     aligner = _load(model, edit_margin, template, backend, provider)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import textwrap
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 _FENCE = re.compile(r"[ \t>]*(`{3,}|~{3,})([^\n]*)")
 _DELIMITER_CELL = re.compile(r":?-+:?")
@@ -66,6 +68,18 @@ def code_blocks(text: str) -> list[CodeBlock]:
     return blocks
 
 
+def prose_of(text: str) -> str:
+    """Return `text` without its code, its addresses, and its formulas between marks of their own."""
+    prose = _DOLLARS.sub(" ", without_code(text))
+    for opener, closer in _DISPLAYS[:3]:
+        parts, at = list[str](), 0
+        for start, end in _between(prose, opener, closer):
+            parts.append(prose[at:start])
+            at = end
+        prose = " ".join((*parts, prose[at:]))
+    return prose
+
+
 def without_code(text: str) -> str:
     """Return `text` with nothing in place of its code blocks, inline code and addresses."""
     parts, at = list[str](), 0
@@ -85,11 +99,10 @@ def tables(text: str) -> list[tuple[tuple[str, ...], ...]]:
     found: list[tuple[tuple[str, ...], ...]] = []
     lines, at = text.split("\n"), 1
     while at < len(lines):
-        if (
-            "|" in lines[at - 1]
-            and "|" in lines[at]
-            and all(map(_DELIMITER_CELL.fullmatch, _cells(lines[at])))
-        ):
+        # Some write the row of dashes without its pipes; then a row with pipes has to follow.
+        row, after = lines[at], lines[at + 1] if at + 1 < len(lines) else ""
+        delimits = "|" in lines[at - 1] and "-" in row and "|" in (row + after)
+        if delimits and all(map(_DELIMITER_CELL.fullmatch, _cells(row))):
             end = at + 1
             while end < len(lines) and "|" in lines[end]:
                 end += 1
@@ -107,7 +120,7 @@ def formulas(text: str) -> set[str]:
         if _MATHEMATICS.search(match[1]) or (len(match[1]) == 1 and match[1].isalpha())
     }
     for opener, closer in _DISPLAYS:
-        found.update(_between(text, opener, closer))
+        found.update(text[start:end] for start, end in _between(text, opener, closer))
     return {bare for body in found if (bare := "".join(body.split()))}
 
 
@@ -144,8 +157,25 @@ def numbers(text: str) -> list[str]:
 
 
 def citations(text: str) -> list[re.Match[str]]:
-    """Return the citation marks of `text`, such as `[1]`, `[2, 3]`, `[^1]` and `[1](url)`."""
-    return [match for match in _CITATION.finditer(text) if match["mark"]]
+    """Return the citation marks of `text`, such as `[1]`, `[2, 3]`, `[^1]` and `[1](url)`.
+
+    Code has none, nor has a text with numbers in brackets that do not ascend: they are data.
+    """
+    marks = [match for match in _CITATION.finditer(text) if match["mark"]]
+    if marks and ("```" in text or "~~~" in text):
+        blocks = code_blocks(text)
+        starts = [block.start for block in blocks]
+        before = [bisect_right(starts, mark.start()) for mark in marks]
+        inside = (at and mark.start() < blocks[at - 1].end for mark, at in zip(marks, before, strict=True))
+        marks = [mark for mark, is_code in zip(marks, inside, strict=True) if not is_code]
+    return marks if all(map(_ascends, marks)) else []
+
+
+def _ascends(mark: re.Match[str]) -> bool:
+    if mark[0].startswith("[^"):
+        return True
+    found = [int(number) for number in re.findall(r"\d+", mark[0].partition("]")[0])]
+    return all(first < second for first, second in pairwise(found))
 
 
 def _marks(opening: str) -> str:
@@ -157,13 +187,14 @@ def _cells(line: str) -> tuple[str, ...]:
     return tuple(cell.strip() for cell in line.strip(" \t\r>").strip("|").split("|"))
 
 
-def _between(text: str, opener: str, closer: str) -> Iterator[str]:
+def _between(text: str, opener: str, closer: str) -> Iterator[tuple[int, int]]:
+    """Yield where what stands between `opener` and `closer` begins and ends."""
     at = text.find(opener)
     while at >= 0:
         end = text.find(closer, at + len(opener))
         if end < 0:
             return
-        yield text[at + len(opener) : end]
+        yield at + len(opener), end
         at = text.find(opener, end + len(closer))
 
 

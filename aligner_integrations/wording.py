@@ -26,10 +26,13 @@ _REFUSAL_OPENING = re.compile(
 )
 _MAX_REFUSAL_WORDS = 60
 _TERMINATED = re.compile(r"[.!?…。！？।؟](?:[\"'”’)\]*_]|\s)*$")
-# A run of three or more of the same stretch of words, or one character over and over. Counting ("1, 1.1")
-# and drawings are no such thing.
+# The same stretch of words three times or more, one word four times, or one character over and over.
+# Counting ("1, 1.1") and drawings are no such thing.
+_BETWEEN = r"[\s.,;:!?…\"'’-]{1,4}"
 _WORD_LOOP = re.compile(
-    r"(?<!\w)([^\W\d_]\w*(?:[^\w]+\w+){0,7}?)(?:[\s.,;:!?…\"'’-]{1,4}\1(?!\w)){2,}", re.IGNORECASE
+    rf"(?<!\w)(?:([^\W\d_]\w*)(?:{_BETWEEN}\1(?!\w)){{3,}}"
+    rf"|([^\W\d_]\w*(?:[^\w]+\w+){{1,7}}?)(?:{_BETWEEN}\2(?!\w)){{2,}})",
+    re.IGNORECASE,
 )
 _LETTER_LOOP = re.compile(r"([^\W\d_])\1{7,}|([^\w\s.\-=*#~+|/\\\u2190-\u2bff])\2{7,}")
 # Words, or single characters of scripts that are written without spaces.
