@@ -179,10 +179,11 @@ class Aligner:
         return self.config.granularity
 
     def __repr__(self) -> str:
+        breaker = "" if self.breaker is None else f", breaker={self.breaker!r}"
         return (
             f"Aligner(template={self.template.name!r}, granularity={self.granularity!r}, "
             f"backend={self.backend.name!r}, provider={self.backend.provider!r}, "
-            f"safeguards={self.safeguards!r})"
+            f"safeguards={self.safeguards!r}{breaker})"
         )
 
     def correct(

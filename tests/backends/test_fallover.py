@@ -105,6 +105,19 @@ def test_t20_a_rung_that_does_not_load_is_passed_over() -> None:
     )
 
 
+def test_t20_it_falls_within_a_deadline_too() -> None:
+    """The correction is in a thread of its own then; when it is late, its load is not in vain."""
+    wanted = bundled().correct(QUESTION, ANSWER)
+    assert dying(2).correct(QUESTION, ANSWER, sentence_seconds=60.0).text == wanted.text
+    before = set(threading.enumerate())
+    aligner = dying(0)
+    late = aligner.correct(QUESTION, ANSWER, sentence_seconds=1e-4, on_error="pass_through")
+    assert late.text == ANSWER
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
+    assert aligner.correct(QUESTION, ANSWER).text == wanted.text
+
+
 def test_t20_without_a_rung_the_correction_fails_as_it_did() -> None:
     aligner = dying(0, rungs=())
     with pytest.raises(CorrectionFailedError, match="illegal memory access"):
