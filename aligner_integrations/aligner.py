@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aligner_integrations.backends.base import Backend, Ids
+from aligner_integrations.backends.base import Backend, CacheLostError, Ids
 from aligner_integrations.backends.gathering import micro_batched
 from aligner_integrations.config import AlignerConfig, DecodeConfig, Granularity
 from aligner_integrations.correction import Correction, DecodeStats, Finding, make_edits
@@ -185,10 +185,11 @@ class Aligner:
         return self.config.granularity
 
     def __repr__(self) -> str:
+        breaker = "" if self.breaker is None else f", breaker={self.breaker!r}"
         return (
             f"Aligner(template={self.template.name!r}, granularity={self.granularity!r}, "
             f"backend={self.backend.name!r}, provider={self.backend.provider!r}, "
-            f"safeguards={self.safeguards!r})"
+            f"safeguards={self.safeguards!r}{breaker})"
         )
 
     def correct(
@@ -380,20 +381,24 @@ class Aligner:
     def _decode(self, prompt: Ids, reference: Ids, max_new_tokens: int, cache: PromptCache) -> Decoded:
         decode = draft_decode if self.decode_config.draft else greedy_decode
         margin = self.decode_config.edit_margin
-        with cache.taking_part():
-            return decode(
-                self.backend,
-                prompt,
-                reference,
-                config=self.decode_config,
-                eos_id=self.tokenizer.eos_id,
-                max_new_tokens=max_new_tokens,
-                keep_id=self.keep_id,
-                cache=cache,
-                # With a keep token the margin is mostly spent on that one decision: once the model means
-                # to edit, holding it to the copy at any price would undo the edit.
-                draft_margin=None if self.keep_id is None else min(margin, REWRITE_MARGIN),
-            )
+        while True:
+            try:
+                with cache.taking_part():
+                    return decode(
+                        self.backend,
+                        prompt,
+                        reference,
+                        config=self.decode_config,
+                        eos_id=self.tokenizer.eos_id,
+                        max_new_tokens=max_new_tokens,
+                        keep_id=self.keep_id,
+                        cache=cache,
+                        # With a keep token the margin is mostly spent on that one decision: once the model
+                        # means to edit, holding it to the copy at any price would undo the edit.
+                        draft_margin=None if self.keep_id is None else min(margin, REWRITE_MARGIN),
+                    )
+            except CacheLostError:
+                cache.forget()  # a correction has no side effects: what runs now does it from the start
 
     def finish(
         self,

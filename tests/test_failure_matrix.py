@@ -442,3 +442,17 @@ def test_t10_a_deadline_raises_where_it_is_told_to(policy: str) -> None:
             assert policy == "raise"
         shown = "".join(map(str, segments))
         assert shown == "".join(expected_parts("middle", "raise" if policy == "raise" else "deadline"))
+
+
+@pytest.mark.parametrize("surface", (*STREAMS, *WHOLE), ids=lambda surface: surface.__name__)
+def test_t10_the_time_of_an_answer_is_limited_on_every_surface(surface: Surface) -> None:
+    asked: list[str] = []
+
+    def rule(question: str, prefix: str, sentence: str) -> str:
+        asked.append(sentence)
+        return sentence.replace("bad", "good")
+
+    cell = Cell(scripted_aligner(rule), {"on_error": "pass_through", "answer_seconds": 1e-9})
+    run(surface, cell)
+    assert "".join(cell.shown) == ANSWER
+    assert len(asked) <= 4  # the first of each answer at most; what is left never gets to the model

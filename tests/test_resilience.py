@@ -411,7 +411,7 @@ def test_options_share_the_breaker_and_the_policy_applies() -> None:
     correction = aligner.correct("Q?", "One bad. Two bad.", on_error="withhold")
     assert correction.text == f"{WITHHELD_TEXT} {WITHHELD_TEXT}"
     assert "circuit open" in correction.findings[-1].detail
-    assert "state='open'" in repr(breaker)
+    assert "breaker=CircuitBreaker(failures=1, reset_seconds=30, state='open')" in repr(aligner)
     assert Aligner.from_pretrained(breaker=breaker).breaker is breaker
 
 

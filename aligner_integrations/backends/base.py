@@ -51,6 +51,10 @@ class Backend(Protocol):
         ...
 
 
+class CacheLostError(Exception):
+    """What held a cache is gone, and the backend goes on without it: begin anew, with a new cache."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """A sequence's part of a forward: `ids` go after what `cache` holds; the last `last` are scored.
