@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aligner_integrations import Aligner, Correction, DecodeConfig, Edit, Segment
-from aligner_integrations.errors import AlignerError, MissingDependencyError
+from aligner_integrations.errors import AlignerError, CorrectionFailedError, MissingDependencyError
 
 if TYPE_CHECKING:
     from aligner_integrations.evaluation.figures import Report
@@ -44,6 +44,9 @@ ModelOption = Annotated[
 ]
 TemplateOption = Annotated[
     str | None, typer.Option("--template", help="The prompt's frame, for a model without aligner.json.")
+]
+RevisionOption = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a hub name; a commit pins it.")
 ]
 BackendOption = Annotated[str, typer.Option("--backend", help="auto, onnx or torch.")]
 ProviderOption = Annotated[str, typer.Option("--provider", help="auto, tensorrt, cuda or cpu.")]
@@ -95,10 +98,11 @@ def correct(
     template: TemplateOption = None,
     backend: BackendOption = "auto",
     provider: ProviderOption = "auto",
+    revision: RevisionOption = None,
     edit_margin: MarginOption = None,
 ) -> None:
     """Correct a finished answer."""
-    correction = _load(model, edit_margin, template, backend, provider).correct(
+    correction = _load(model, edit_margin, template, backend, provider, revision).correct(
         question, answer, feedback=feedback
     )
     if as_json:
@@ -115,20 +119,28 @@ def stream(
     template: TemplateOption = None,
     backend: BackendOption = "auto",
     provider: ProviderOption = "auto",
+    revision: RevisionOption = None,
     edit_margin: MarginOption = None,
 ) -> None:
     """Correct an answer that comes in on standard input; corrected text goes out as it comes."""
-    aligner = _load(model, edit_margin, template, backend, provider)
+    aligner = _load(model, edit_margin, template, backend, provider, revision)
     for segment in aligner.correct_stream(question, _read_chunks()):
         _show(segment.original, segment)
 
 
 @app.command()
-def doctor(model: ModelOption = None, template: TemplateOption = None, as_json: JsonOption = False) -> None:
+def doctor(
+    model: ModelOption = None,
+    template: TemplateOption = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare the model's files with their SHA256SUMS instead.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Say what is installed and which providers really load, and correct one sentence as a check."""
-    from aligner_integrations.doctor import examine
+    from aligner_integrations import doctor
 
-    report, failure = examine(model, template=template)
+    report, failure = doctor.verify(model) if verify else doctor.examine(model, template=template)
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
     else:
@@ -259,6 +271,7 @@ def evaluate_model(
     template: TemplateOption = None,
     backend: BackendOption = "auto",
     provider: ProviderOption = "auto",
+    revision: RevisionOption = None,
     edit_margin: MarginOption = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Held-out rows of each task, at most.")] = 600,
     as_json: JsonOption = False,
@@ -266,7 +279,7 @@ def evaluate_model(
     """Measure a model on held-out rows: each figure beside its target, and the curve over the margin."""
     with _extra("eval"):
         from aligner_integrations.evaluation.figures import evaluate
-    aligner = _load(model, edit_margin, template, backend, provider)
+    aligner = _load(model, edit_margin, template, backend, provider, revision)
     report = evaluate(aligner, data, rows_a_task=rows)
     _show_figures(report, aligner.decode_config.edit_margin, as_json=as_json)
 
@@ -285,17 +298,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # The reader went away (`aligner ... | head`): nothing is left to say, or to flush at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        return _fail(str(error) or type(error).__name__, status=1)
+        # What the backend said may quote the text; on the user's own screen it is of use.
+        cause = f": {error.__cause__}" if isinstance(error, CorrectionFailedError) else ""
+        return _fail((str(error) or type(error).__name__) + cause, status=1)
     except typer.Abort:
         return _fail("aborted", status=1)
 
 
 def _load(
-    model: str | None, edit_margin: float | None, template: str | None, backend: str, provider: str
+    model: str | None,
+    edit_margin: float | None,
+    template: str | None,
+    backend: str,
+    provider: str,
+    revision: str | None,
 ) -> Aligner:
     decode = None if edit_margin is None else DecodeConfig(edit_margin=edit_margin)
     return Aligner.from_pretrained(
-        model, decode=decode, template=template, backend=backend, provider=provider
+        model, decode=decode, template=template, backend=backend, provider=provider, revision=revision
     )
 
 
