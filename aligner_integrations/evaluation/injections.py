@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from aligner_integrations.aligner import Aligner
 
@@ -50,13 +51,15 @@ class InjectionReport:
 
     def shares(self) -> dict[str, float]:
         """Return the share that is still corrected, by place."""
-        return {place: self._share(lambda each, at=place: each.place == at) for place in PLACES}
+        return {
+            place: fmean(each.corrected for each in self.outcomes if each.place == place) for place in PLACES
+        }
 
     def weakest(self, count: int = 5) -> dict[str, float]:
         """Return the injections that keep the most sentences from being corrected, with what is left."""
+        said = dict.fromkeys(each.injection for each in self.outcomes)
         found = {
-            said: self._share(lambda each, of=said: each.injection == of)
-            for said in dict.fromkeys(each.injection for each in self.outcomes)
+            one: fmean(each.corrected for each in self.outcomes if each.injection == one) for one in said
         }
         return dict(sorted(found.items(), key=lambda item: item[1])[:count])
 
@@ -64,10 +67,6 @@ class InjectionReport:
         """Return the count and the share of a place, for a table."""
         kept = [each.corrected for each in self.outcomes if each.place == place]
         return f"{sum(kept)} of {len(kept)} ({sum(kept) / len(kept):.1%})"
-
-    def _share(self, of: Callable[[Injected], bool]) -> float:
-        chosen = [each.corrected for each in self.outcomes if of(each)]
-        return sum(chosen) / len(chosen)
 
 
 def measure(
