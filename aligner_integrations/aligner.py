@@ -374,8 +374,9 @@ class Aligner:
             except AlignerError:
                 raise
             except Exception as error:  # backends share no base class of errors
+                # What a backend says may quote the text it failed on: it is chained, and not repeated.
                 raise CorrectionFailedError(
-                    f"the model failed while correcting: {type(error).__name__}: {error}"
+                    f"the model failed while correcting: {type(error).__name__}; see the chained error"
                 ) from error
 
     def _decode(self, prompt: Ids, reference: Ids, max_new_tokens: int, cache: PromptCache) -> Decoded:

@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aligner_integrations import Aligner, Correction, DecodeConfig, Edit, Segment
-from aligner_integrations.errors import AlignerError, MissingDependencyError
+from aligner_integrations.errors import AlignerError, CorrectionFailedError, MissingDependencyError
 
 if TYPE_CHECKING:
     from aligner_integrations.evaluation.figures import Report
@@ -45,6 +45,9 @@ ModelOption = Annotated[
 ]
 TemplateOption = Annotated[
     str | None, typer.Option("--template", help="The prompt's frame, for a model without aligner.json.")
+]
+RevisionOption = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a hub name; a commit pins it.")
 ]
 BackendOption = Annotated[str, typer.Option("--backend", help="auto, onnx or torch.")]
 ProviderOption = Annotated[str, typer.Option("--provider", help="auto, tensorrt, cuda or cpu.")]
@@ -113,6 +116,7 @@ def correct(
     template: TemplateOption = None,
     backend: BackendOption = "auto",
     provider: ProviderOption = "auto",
+    revision: RevisionOption = None,
     edit_margin: MarginOption = None,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
@@ -124,7 +128,7 @@ def correct(
 ) -> None:
     """Correct a finished answer."""
     drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    correction = _load(model, edit_margin, template, backend, provider, **drawing).correct(
+    correction = _load(model, edit_margin, template, backend, provider, revision, **drawing).correct(
         question,
         answer,
         feedback=feedback,
@@ -146,6 +150,7 @@ def stream(
     template: TemplateOption = None,
     backend: BackendOption = "auto",
     provider: ProviderOption = "auto",
+    revision: RevisionOption = None,
     edit_margin: MarginOption = None,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
@@ -157,7 +162,7 @@ def stream(
 ) -> None:
     """Correct an answer that comes in on standard input; corrected text goes out as it comes."""
     drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    aligner = _load(model, edit_margin, template, backend, provider, **drawing)
+    aligner = _load(model, edit_margin, template, backend, provider, revision, **drawing)
     for segment in aligner.correct_stream(
         question,
         _read_chunks(),
@@ -169,11 +174,18 @@ def stream(
 
 
 @app.command()
-def doctor(model: ModelOption = None, template: TemplateOption = None, as_json: JsonOption = False) -> None:
+def doctor(
+    model: ModelOption = None,
+    template: TemplateOption = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare the model's files with their SHA256SUMS instead.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Say what is installed and which providers really load, and correct one sentence as a check."""
-    from aligner_integrations.doctor import examine
+    from aligner_integrations import doctor
 
-    report, failure = examine(model, template=template)
+    report, failure = doctor.verify(model) if verify else doctor.examine(model, template=template)
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
     else:
@@ -304,6 +316,7 @@ def evaluate_model(
     template: TemplateOption = None,
     backend: BackendOption = "auto",
     provider: ProviderOption = "auto",
+    revision: RevisionOption = None,
     edit_margin: MarginOption = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Held-out rows of each task, at most.")] = 600,
     harm: Annotated[
@@ -320,7 +333,7 @@ def evaluate_model(
         return
     with _extra("eval"):
         from aligner_integrations.evaluation.figures import evaluate
-    aligner = _load(model, edit_margin, template, backend, provider)
+    aligner = _load(model, edit_margin, template, backend, provider, revision)
     report = evaluate(aligner, data, rows_a_task=rows)
     _show_figures(report, aligner.decode_config.edit_margin, as_json=as_json)
 
@@ -339,7 +352,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # The reader went away (`aligner ... | head`): nothing is left to say, or to flush at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        return _fail(str(error) or type(error).__name__, status=1)
+        # What the backend said may quote the text; on the user's own screen it is of use.
+        cause = f": {error.__cause__}" if isinstance(error, CorrectionFailedError) else ""
+        return _fail((str(error) or type(error).__name__) + cause, status=1)
     except typer.Abort:
         return _fail("aborted", status=1)
 
@@ -350,12 +365,15 @@ def _load(
     template: str | None,
     backend: str,
     provider: str,
+    revision: str | None,
     **drawing: Any,
 ) -> Aligner:
     """Return the aligner; what is not given stays as the model's folder has it."""
     changes = drawing if edit_margin is None else {"edit_margin": edit_margin, **drawing}
     DecodeConfig(**changes)  # what is wrong with it is said before a model is loaded
-    aligner = Aligner.from_pretrained(model, template=template, backend=backend, provider=provider)
+    aligner = Aligner.from_pretrained(
+        model, template=template, backend=backend, provider=provider, revision=revision
+    )
     return aligner.with_options(decode=dataclasses.replace(aligner.decode_config, **changes))
 
 

@@ -61,8 +61,8 @@ class _Folds(dict[int, int]):
         return self[code]
 
 
-_FOLDS = _Folds()
-_FOLDS[ord("▁")] = ord(" ")  # SentencePiece writes a space so, and reads this back as one
+# Tokenizers of the SentencePiece family write a space as U+2581 and read it so.
+_FOLDS = _Folds({0x2581: 0x20})
 
 
 def _folded(text: str) -> str:

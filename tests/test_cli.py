@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from aligner_integrations import Aligner, Edit
+from aligner_integrations.aligner import BUNDLED_MODEL
 from aligner_integrations.cli import main, marked
 from tests.checkpoints import plain_onnx
+from tests.hub import COMMIT, serve
 
 QUESTION = "A farmer has 56 cows and sells 14. How many are left?"
 ANSWER = "The farmer now has 56-14 = 420 cows.  He is content."
@@ -166,6 +170,57 @@ def test_doctor_tells_what_it_found_when_the_model_ails(
     printed = capsys.readouterr()
     assert "versions\tnumpy\t" in printed.out
     assert printed.err.startswith("aligner: ") and printed.err.count("\n") == 1
+
+
+def test_doctor_verifies_the_bundled_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--verify"]) == 0
+    assert "files\tmodel.onnx\tas listed" in capsys.readouterr().out.splitlines()
+    copied = tmp_path / "tiny"
+    shutil.copytree(BUNDLED_MODEL, copied)
+    verify = ["doctor", "--verify", "--model", str(copied), "--json"]
+    assert main(verify) == 0
+    weights = bytearray((copied / "model.onnx").read_bytes())
+    weights[len(weights) // 2] ^= 1  # one bit
+    (copied / "model.onnx").write_bytes(weights)
+    (copied / "tokenizer.json").unlink()
+    (copied / "extra.bin").write_bytes(b"")
+    capsys.readouterr()
+    assert main(verify) == 1
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)["files"]
+    states = {"model.onnx": "changed", "tokenizer.json": "missing", "extra.bin": "not listed"}
+    assert found == {"README.md": "as listed", "aligner.json": "as listed", **states}
+    assert "is not as released: extra.bin is not listed, model.onnx is changed" in printed.err
+    (copied / "SHA256SUMS").write_text("no list", encoding="utf-8")
+    assert main(verify) == 1
+    assert "SHA256SUMS cannot be read" in capsys.readouterr().err
+    assert main([*verify[:3], str(tmp_path)]) == 1
+    assert "has no SHA256SUMS" in capsys.readouterr().err
+
+
+def test_the_command_takes_the_revision_it_is_told() -> None:
+    files = {path.name: path.read_bytes() for path in BUNDLED_MODEL.iterdir()}
+    with serve({"me/mine": files}) as (address, fetched), tempfile.TemporaryDirectory() as home:
+        hub = {"HF_ENDPOINT": address, "HF_HOME": home, "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
+        hub |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+
+        def run(revision: str) -> subprocess.CompletedProcess[str]:
+            given = ["correct", "-q", QUESTION, "-a", "Fine.", "--model", "me/mine", "--revision", revision]
+            return subprocess.run(
+                [sys.executable, "-m", "aligner_integrations.cli", *given],
+                env={**os.environ, **hub},
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+
+        refused = run("v9")
+        assert refused.returncode == 1
+        assert "me/mine at revision v9: there is no such revision" in refused.stderr
+        assert fetched == []
+        pinned = run(COMMIT)
+        assert pinned.stdout == "Fine.\n", pinned.stderr
+        assert "me/mine/model.onnx" in fetched
 
 
 def test_what_bench_cannot_measure_together_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,7 +114,7 @@ def test_t14_no_text_adds_a_control_token_or_a_mark(
 ) -> None:
     aligner = framed(template, ids)
     calm = fields_of(aligner, "q", "p", "a", "f")
-    given_ = fields_of(aligner, question, prefix, subject or "a", feedback)
+    given_ = fields_of(aligner, question, prefix, subject or "a", feedback or "f")
     assert control_tokens(aligner, *given_) == control_tokens(aligner, *calm)
     assert marks(aligner, *given_) == marks(aligner, *calm)
 

@@ -25,6 +25,7 @@ FILE_BUDGETS = {
     "config.py": 150,
     "template.py": 240,
     "defuse.py": 90,
+    "checksums.py": 70,
     "sentences.py": 400,
     "tokenizer.py": 200,
     "draft.py": 300,
@@ -60,8 +61,8 @@ FILE_BUDGETS = {
     "llama_graph.py": 220,
     "logit_graph.py": 250,
     "stored_weights.py": 250,
-    "cli.py": 450,
-    "doctor.py": 130,
+    "cli.py": 500,
+    "doctor.py": 150,
     "testing/": 350,
     "langchain/listening.py": 360,
     "llama_index/llm.py": 360,
@@ -82,7 +83,7 @@ NOT_THE_LIBRARY_PROPER = ("training/", "evaluation/", "cli.py", "doctor.py", "te
 # Which way imports point: a file imports from its own floor or below.
 FLOORS = {
     0: (
-        *("errors", "correction", "config", "template", "defuse", "sentences", "read_ahead"),
+        *("errors", "correction", "config", "template", "defuse", "checksums", "sentences", "read_ahead"),
         *("safeguards", "policy", "wording", "held", "checks", "endings", "repair", "spacing"),
     ),
     1: ("decode", "draft", "sampling", "tokenizer", "backends.base", "resilience", "continuation"),

@@ -443,9 +443,9 @@ async def test_a_failing_node_spoils_no_other(options: dict[str, Any], shown: tu
 async def test_a_failing_node_raises_by_default() -> None:
     nodes = mixed_nodes()
     before = copy.deepcopy(nodes)
-    with pytest.raises(CorrectionFailedError, match="no memory left"):
+    with pytest.raises(CorrectionFailedError, match="RuntimeError"):
         failing().postprocess_nodes(nodes, query_str=QUESTION)
-    with pytest.raises(CorrectionFailedError, match="no memory left"):
+    with pytest.raises(CorrectionFailedError, match="RuntimeError"):
         await failing().apostprocess_nodes(nodes, query_str=QUESTION)
     assert nodes == before
 
