@@ -23,6 +23,7 @@ from rich.text import Text
 
 from aligner_integrations import Aligner, Correction, DecodeConfig, Edit, Segment
 from aligner_integrations.errors import AlignerError, MissingDependencyError
+from aligner_integrations.policy import SafeguardMode
 
 if TYPE_CHECKING:
     from aligner_integrations.evaluation.figures import Report
@@ -50,6 +51,10 @@ ProviderOption = Annotated[str, typer.Option("--provider", help="auto, tensorrt,
 MarginOption = Annotated[
     float | None,
     typer.Option("--edit-margin", min=0.0, help="How sure (in logits) the model must be before it edits."),
+]
+SafeguardsOption = Annotated[
+    Literal["keep_original", "off"],
+    typer.Option("--safeguards", help="keep_original shows no harmful correction, off shows every one."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -96,11 +101,11 @@ def correct(
     backend: BackendOption = "auto",
     provider: ProviderOption = "auto",
     edit_margin: MarginOption = None,
+    safeguards: SafeguardsOption = "keep_original",
 ) -> None:
     """Correct a finished answer."""
-    correction = _load(model, edit_margin, template, backend, provider).correct(
-        question, answer, feedback=feedback
-    )
+    aligner = _load(model, edit_margin, template, backend, provider, safeguards)
+    correction = aligner.correct(question, answer, feedback=feedback)
     if as_json:
         typer.echo(json.dumps(_as_record(correction), ensure_ascii=False))
         return
@@ -116,9 +121,10 @@ def stream(
     backend: BackendOption = "auto",
     provider: ProviderOption = "auto",
     edit_margin: MarginOption = None,
+    safeguards: SafeguardsOption = "keep_original",
 ) -> None:
     """Correct an answer that comes in on standard input; corrected text goes out as it comes."""
-    aligner = _load(model, edit_margin, template, backend, provider)
+    aligner = _load(model, edit_margin, template, backend, provider, safeguards)
     for segment in aligner.correct_stream(question, _read_chunks()):
         _show(segment.original, segment)
 
@@ -300,11 +306,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _load(
-    model: str | None, edit_margin: float | None, template: str | None, backend: str, provider: str
+    model: str | None,
+    edit_margin: float | None,
+    template: str | None,
+    backend: str,
+    provider: str,
+    safeguards: SafeguardMode = "keep_original",
 ) -> Aligner:
     decode = None if edit_margin is None else DecodeConfig(edit_margin=edit_margin)
     return Aligner.from_pretrained(
-        model, decode=decode, template=template, backend=backend, provider=provider
+        model, decode=decode, template=template, backend=backend, provider=provider, safeguards=safeguards
     )
 
 
