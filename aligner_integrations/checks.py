@@ -283,7 +283,7 @@ def check_citations(question: str, answer: str, proposed: str, policy: Safeguard
     old = Counter(mark[0] for mark in held.citations(answer))
     if not old or _stands_apart(proposed):
         return None
-    lost = old - Counter(mark[0] for mark in held.citations(proposed))
+    lost = old - Counter(mark[0] for mark in held.citation_marks(proposed))
     return policy.find("citations_lost", f"gone: {_quote(sorted(lost))}") if lost else None
 
 

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from aligner_integrations import Aligner, Correction, DecodeConfig, Edit, Segment
 from aligner_integrations.errors import AlignerError, CorrectionFailedError, MissingDependencyError
+from aligner_integrations.policy import SafeguardMode
 
 if TYPE_CHECKING:
     from aligner_integrations.evaluation.figures import Report
@@ -71,6 +72,10 @@ SentenceSecondsOption = Annotated[
 ]
 AnswerSecondsOption = Annotated[
     float | None, typer.Option("--answer-seconds", help="So long all corrections may take together.")
+]
+SafeguardsOption = Annotated[
+    Literal["keep_original", "off"],
+    typer.Option("--safeguards", help="keep_original shows no harmful correction, off shows every one."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -125,10 +130,13 @@ def correct(
     on_error: OnErrorOption = "raise",
     sentence_seconds: SentenceSecondsOption = None,
     answer_seconds: AnswerSecondsOption = None,
+    safeguards: SafeguardsOption = "keep_original",
 ) -> None:
     """Correct a finished answer."""
     drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    correction = _load(model, edit_margin, template, backend, provider, revision, **drawing).correct(
+    correction = _load(
+        model, edit_margin, template, backend, provider, revision, safeguards, **drawing
+    ).correct(
         question,
         answer,
         feedback=feedback,
@@ -159,10 +167,11 @@ def stream(
     on_error: OnErrorOption = "raise",
     sentence_seconds: SentenceSecondsOption = None,
     answer_seconds: AnswerSecondsOption = None,
+    safeguards: SafeguardsOption = "keep_original",
 ) -> None:
     """Correct an answer that comes in on standard input; corrected text goes out as it comes."""
     drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    aligner = _load(model, edit_margin, template, backend, provider, revision, **drawing)
+    aligner = _load(model, edit_margin, template, backend, provider, revision, safeguards, **drawing)
     for segment in aligner.correct_stream(
         question,
         _read_chunks(),
@@ -366,13 +375,19 @@ def _load(
     backend: str,
     provider: str,
     revision: str | None,
+    safeguards: SafeguardMode = "keep_original",
     **drawing: Any,
 ) -> Aligner:
     """Return the aligner; what is not given stays as the model's folder has it."""
     changes = drawing if edit_margin is None else {"edit_margin": edit_margin, **drawing}
     DecodeConfig(**changes)  # what is wrong with it is said before a model is loaded
     aligner = Aligner.from_pretrained(
-        model, template=template, backend=backend, provider=provider, revision=revision
+        model,
+        template=template,
+        backend=backend,
+        provider=provider,
+        revision=revision,
+        safeguards=safeguards,
     )
     return aligner.with_options(decode=dataclasses.replace(aligner.decode_config, **changes))
 

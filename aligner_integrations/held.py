@@ -161,7 +161,7 @@ def citations(text: str) -> list[re.Match[str]]:
 
     Code has none, nor has a text with numbers in brackets that do not ascend: they are data.
     """
-    marks = [match for match in _CITATION.finditer(text) if match["mark"]]
+    marks = citation_marks(text)
     if marks and ("```" in text or "~~~" in text):
         blocks = code_blocks(text)
         starts = [block.start for block in blocks]
@@ -169,6 +169,11 @@ def citations(text: str) -> list[re.Match[str]]:
         inside = (at and mark.start() < blocks[at - 1].end for mark, at in zip(marks, before, strict=True))
         marks = [mark for mark, is_code in zip(marks, inside, strict=True) if not is_code]
     return marks if all(map(_ascends, marks)) else []
+
+
+def citation_marks(text: str) -> list[re.Match[str]]:
+    """Return what looks like a citation, wherever it stands."""
+    return [match for match in _CITATION.finditer(text) if match["mark"]]
 
 
 def _ascends(mark: re.Match[str]) -> bool:

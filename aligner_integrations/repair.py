@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
-from aligner_integrations.held import citations, code_blocks, named_links, without_code
+from aligner_integrations.held import citation_marks, citations, code_blocks, named_links, without_code
 from aligner_integrations.wording import is_refusal
 
 _STOPS, _CLOSERS = ".!?…。！？।؟:;", "\"'”’)*_"
@@ -67,7 +67,7 @@ def restore_citations(original: str, proposed: str) -> str:
     marks = citations(original)
     if not marks or not proposed.strip() or is_refusal(proposed):
         return proposed
-    left = Counter(mark[0] for mark in citations(proposed))
+    left = Counter(mark[0] for mark in citation_marks(proposed))
     opening = inner = outer = ""
     opens, read = True, 0
     stop, _ = _closing(original)
@@ -88,7 +88,7 @@ def restore_citations(original: str, proposed: str) -> str:
 def _closing(text: str) -> tuple[int, int]:
     """Return where the closing stop of `text` begins, and where text ends; both the same without a stop."""
     end = body = len(text.rstrip())
-    for mark in reversed(citations(text)):
+    for mark in reversed(citation_marks(text)):
         if text[mark.end() : body].strip():
             break
         body = mark.start()

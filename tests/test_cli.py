@@ -66,6 +66,25 @@ def test_edit_margin_keeps_everything(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == ANSWER + "\n"
 
 
+@pytest.mark.parametrize("command", ["correct", "stream"])
+def test_safeguards_can_be_turned_off(
+    command: str,
+    aligner: Aligner,
+    feed: Callable[[bytes], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = "hell yea i just left the fuckin mall rt herm u know dem griffeys only came out in kids"
+    free = aligner.with_options(safeguards="off").correct("", text).text
+    assert free != aligner.correct("", text).text  # what the bundled model writes here is not fit to be shown
+    if command == "stream":
+        feed(text.encode())
+    given = ["-a", text] if command == "correct" else []
+    assert main([command, "-q", "", *given, "--safeguards", "off"]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == free
+    assert main([command, "-q", "", *given, "--safeguards", "on"]) == 2
+    assert "'on'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "text", ["", "One. Two.\n\n- three\n", "Größe: 3 µm. 日本語です。終わり。", "a\x00b."]
 )
