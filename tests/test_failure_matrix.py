@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from llama_index.core.callbacks import CallbackManager
 from llama_index.core.prompts.mixin import PromptMixinType
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 
-from aligner_integrations import Aligner, Segment
+from aligner_integrations import Aligner, Segment, resilience
 from aligner_integrations import aligner as aligner_module
 from aligner_integrations import options as options_module
 from aligner_integrations.errors import (
@@ -56,7 +57,8 @@ SENTENCES = (
 ANSWER = "".join(SENTENCES)
 PLACES = {"load": None, "first": 0, "middle": 1, "last": 2, "flush": 3}
 POLICIES = ("raise", "pass_through", "withhold", "deadline")
-SECONDS = 0.15  # more than a healthy sentence takes on a busy machine
+SECONDS = 1000.0  # on a clock that jumps ahead at the place that fails, found between two forwards
+HANGS = 0.5  # on a real clock, for a model that does not come back
 
 
 @dataclass(frozen=True)
@@ -363,20 +365,19 @@ def failing_at(place: str, policy: str) -> Iterator[tuple[Aligner | None, dict[s
     if at is None:
         yield None, errors
         return
-    over = threading.Event()
     word = ("first", "middle", "last", "flushed")[at]
+    clock = threading.local()  # each correction under a deadline has a thread of its own
 
     def rule(question: str, prefix: str, sentence: str) -> str:
         if f" {word} " in sentence:
             if policy != "deadline":
                 raise RuntimeError("the device is gone")
-            over.wait(30)
+            clock.ahead = 2 * SECONDS
         return sentence.replace("bad", "good")
 
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resilience, "monotonic", lambda: time.monotonic() + getattr(clock, "ahead", 0.0))
         yield scripted_aligner(rule), errors
-    finally:
-        over.set()  # so that nothing is left running
 
 
 def expected_parts(place: str, policy: str) -> list[str]:
@@ -442,6 +443,27 @@ def test_t10_a_deadline_raises_where_it_is_told_to(policy: str) -> None:
             assert policy == "raise"
         shown = "".join(map(str, segments))
         assert shown == "".join(expected_parts("middle", "raise" if policy == "raise" else "deadline"))
+
+
+@pytest.mark.parametrize("surface", [core_stream, runnable_astream, model_stream, llm_stream, engine_aquery])
+def test_t10_a_model_that_does_not_come_back(surface: Surface) -> None:
+    over = threading.Event()
+
+    def rule(question: str, prefix: str, sentence: str) -> str:
+        if " middle " in sentence:
+            over.wait(60)
+        return sentence.replace("bad", "good")
+
+    cell = Cell(scripted_aligner(rule), {"on_error": "pass_through", "sentence_seconds": HANGS})
+    try:
+        run(surface, cell)
+        assert "".join(cell.shown) == "".join(expected_parts("middle", "deadline"))
+    finally:
+        over.set()
+    for thread in threading.enumerate():
+        if thread.name == "aligner-correction":
+            thread.join(5)
+            assert not thread.is_alive()
 
 
 @pytest.mark.parametrize("surface", (*STREAMS, *WHOLE), ids=lambda surface: surface.__name__)

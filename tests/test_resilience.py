@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from aligner_integrations import Aligner, CircuitBreaker
+from aligner_integrations import Aligner, CircuitBreaker, resilience
 from aligner_integrations.errors import CorrectionFailedError, CorrectionTimeoutError, InputTooLongError
 from aligner_integrations.resilience import WITHHELD_TEXT, Budget, Deadline, ErrorPolicy
 from aligner_integrations.testing import scripted_aligner
@@ -61,22 +61,24 @@ def gone(before: set[threading.Thread], seconds: float = 5.0) -> bool:
 def test_t8_a_stream_goes_on_within_the_deadline_and_50_ms(granularity: str, name: str) -> None:
     before = set(threading.enumerate())
     aligner = scripted_aligner(corrected, granularity=granularity, delay=0.6)  # type: ignore[arg-type]
-    stream = aligner.stream("Q?", on_error="pass_through", **{name: 0.1})  # type: ignore[arg-type]
-    started = time.monotonic()
-    segments = [*stream.push("A bad one. "), *stream.close()]
-    took = time.monotonic() - started
-    assert 0.1 <= took <= 0.1 + GRACE
-    (segment,) = segments
-    assert segment.text == segment.original == "A bad one. "
-    assert [(each.check, each.action) for each in segment.findings] == [("deadline", "kept_original")]
-    assert segment.stats.finish_reason == "deadline"
+    overshoots = []
+    for _ in range(3):  # the middle one counts: on a busy machine any thread may have to wait for a core
+        stream = aligner.stream("Q?", on_error="pass_through", **{name: 0.1})  # type: ignore[arg-type]
+        started = time.monotonic()
+        segments = [*stream.push("A bad one. "), *stream.close()]
+        overshoots.append(time.monotonic() - started - 0.1)
+        (segment,) = segments
+        assert segment.text == segment.original == "A bad one. "
+        assert [(each.check, each.action) for each in segment.findings] == [("deadline", "kept_original")]
+        assert segment.stats.finish_reason == "deadline"
+    assert 0 <= statistics.median(overshoots) <= GRACE
     assert gone(before)
 
 
 def test_t8_only_the_late_sentence_is_dropped() -> None:
     before = set(threading.enumerate())
-    aligner = scripted_aligner(slow_at("SLOW", 0.5))
-    stream = aligner.stream("Q?", on_error="withhold", sentence_seconds=0.15)
+    aligner = scripted_aligner(slow_at("SLOW", 0.8))
+    stream = aligner.stream("Q?", on_error="withhold", sentence_seconds=0.3)
     text = "A bad start. A SLOW bad one. Another bad one. "
     segments = [*stream.push(text), *stream.close()]
     assert [each.text for each in segments] == ["A good start. ", f"{WITHHELD_TEXT} ", "Another good one. "]
@@ -91,26 +93,27 @@ def test_t8_raise_names_the_argument_and_loses_nothing() -> None:
     def rule(question: str, prefix: str, sentence: str) -> str:
         if "SLOW" in sentence and late:
             late.pop()
-            time.sleep(0.3)
+            time.sleep(0.8)
         return corrected(question, prefix, sentence)
 
-    stream = scripted_aligner(rule).stream("Q?", sentence_seconds=0.1)
+    stream = scripted_aligner(rule).stream("Q?", sentence_seconds=0.3)
     with pytest.raises(CorrectionTimeoutError, match="sentence_seconds"):
         stream.push("A bad start. A SLOW bad one. The end")
     shown = [each.text for each in [*stream.push(""), *stream.close()]]
     assert shown == ["A good start. ", "A SLOW good one. ", "The end"]
 
 
-def test_t8_a_used_up_answer_runs_no_forward_and_leaves_code_alone() -> None:
+def test_t8_a_used_up_answer_runs_no_forward_and_leaves_code_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
+    # A clock on which each correction takes a minute.
+    monkeypatch.setattr(resilience, "monotonic", lambda: time.monotonic() + 60 * len(seen))
 
     def rule(question: str, prefix: str, sentence: str) -> str:
         seen.append(sentence)
-        time.sleep(0.06)
         return corrected(question, prefix, sentence)
 
     answer = "One bad. Two bad. Three bad. Four bad.\n\n```py\nbad = 1\n```\n"
-    correction = scripted_aligner(rule).correct("Q?", answer, on_error="withhold", answer_seconds=0.1)
+    correction = scripted_aligner(rule).correct("Q?", answer, on_error="withhold", answer_seconds=100.0)
     # The second is late, and then nothing is left.
     assert seen == ["One bad.", "Two bad."]
     assert correction.text.startswith("One good. ")
@@ -121,7 +124,7 @@ def test_t8_a_used_up_answer_runs_no_forward_and_leaves_code_alone() -> None:
 
 
 def test_t8_the_time_in_which_upstream_writes_does_not_count() -> None:
-    stream = scripted_aligner(corrected).stream("Q?", answer_seconds=0.15)
+    stream = scripted_aligner(corrected).stream("Q?", answer_seconds=0.25)
     shown = []
     for sentence in ("One bad. ", "Two bad. ", "Three bad. "):
         time.sleep(0.1)
@@ -167,12 +170,12 @@ def test_t8_a_late_correction_never_touches_the_cache_of_the_stream(bundled: Ali
 
 
 async def test_t8_async_and_batch_have_deadlines_too() -> None:
-    aligner = scripted_aligner(slow_at("SLOW", 0.3))
+    aligner = scripted_aligner(slow_at("SLOW", 0.8))
     correction = await aligner.acorrect("Q?", "A SLOW bad.", on_error="pass_through", sentence_seconds=0.05)
     assert correction.findings[0].check == "deadline"
     pairs = [("Q?", "A bad."), ("Q?", "A SLOW bad."), ("Q?", "Also bad.")]
     found = await asyncio.to_thread(
-        lambda: aligner.correct_batch(pairs, on_error="withhold", sentence_seconds=0.1)
+        lambda: aligner.correct_batch(pairs, on_error="withhold", sentence_seconds=0.3)
     )
     assert [each.text for each in found] == ["A good.", WITHHELD_TEXT, "Also good."]
 
@@ -434,8 +437,6 @@ def test_a_dropped_correction_is_not_kept_in_memory() -> None:
     before = {thread for thread in threading.enumerate() if thread.name != "aligner-correction"}
     assert gone(before)
     gc.collect()
-    from aligner_integrations import resilience
-
     assert sum(thread.is_alive() for thread in resilience._behind) == 0
 
 
