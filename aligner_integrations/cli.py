@@ -157,22 +157,37 @@ def bench(
     replay: Annotated[
         bool, typer.Option("--replay", help="Count forwards of corrections in --data.")
     ] = False,
+    loop: Annotated[
+        bool, typer.Option("--loop", help="Count what a closed loop asks for, over answers in --data.")
+    ] = False,
     data: Annotated[
-        Path | None, typer.Option("--data", exists=True, file_okay=False, help="Folder for --replay.")
+        Path | None,
+        typer.Option("--data", exists=True, file_okay=False, help="Folder for --replay and --loop."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time guided decoding beside plain greedy decoding and one prefill, on the same session."""
-    if adapters + batch + memory + replay > 1:
-        raise typer.BadParameter("--adapters, --batch, --memory and --replay exclude each other")
+    if adapters + batch + memory + replay + loop > 1:
+        raise typer.BadParameter("--adapters, --batch, --memory, --replay and --loop exclude each other")
+    if loop:
+        from aligner_integrations.evaluation.loop import run_loop
+
+        if data is None:
+            raise typer.BadParameter("--loop needs --data, the folder with the answers")
+        costs = run_loop(data)
+        if as_json:
+            typer.echo(json.dumps(costs.to_dict()))
+        else:
+            _show_report(costs.shown())
+        return
     if adapters:
         with _extra("langchain"):
             from aligner_integrations.evaluation.adapters import as_rows, run_adapters
-        costs = run_adapters(rounds=rounds)
+        added = run_adapters(rounds=rounds)
         if as_json:
-            typer.echo(json.dumps([dataclasses.asdict(cost) for cost in costs]))
+            typer.echo(json.dumps([dataclasses.asdict(cost) for cost in added]))
         else:
-            _show_report({"what an adapter adds, its aligner doing nothing": as_rows(costs)})
+            _show_report({"what an adapter adds, its aligner doing nothing": as_rows(added)})
         return
     with _extra("export"), _extra("eval"):
         from aligner_integrations.evaluation.suite import run_suite
