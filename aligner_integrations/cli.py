@@ -157,12 +157,9 @@ def bench(
     replay: Annotated[
         bool, typer.Option("--replay", help="Count forwards of corrections in --data.")
     ] = False,
-    loop: Annotated[
-        bool, typer.Option("--loop", help="Count what a closed loop asks for, over answers in --data.")
-    ] = False,
+    loop: Annotated[bool, typer.Option("--loop", help="Count what a closed loop asks for.")] = False,
     data: Annotated[
-        Path | None,
-        typer.Option("--data", exists=True, file_okay=False, help="Folder for --replay and --loop."),
+        Path | None, typer.Option("--data", exists=True, file_okay=False, help="For --replay and --loop.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -170,24 +167,15 @@ def bench(
     if adapters + batch + memory + replay + loop > 1:
         raise typer.BadParameter("--adapters, --batch, --memory, --replay and --loop exclude each other")
     if loop:
-        from aligner_integrations.evaluation.loop import run_loop
-
-        if data is None:
-            raise typer.BadParameter("--loop needs --data, the folder with the answers")
-        costs = run_loop(data)
-        if as_json:
-            typer.echo(json.dumps(costs.to_dict()))
-        else:
-            _show_report(costs.shown())
-        return
+        return _bench_loop(data, as_json=as_json)
     if adapters:
         with _extra("langchain"):
             from aligner_integrations.evaluation.adapters import as_rows, run_adapters
-        added = run_adapters(rounds=rounds)
+        costs = run_adapters(rounds=rounds)
         if as_json:
-            typer.echo(json.dumps([dataclasses.asdict(cost) for cost in added]))
+            typer.echo(json.dumps([dataclasses.asdict(cost) for cost in costs]))
         else:
-            _show_report({"what an adapter adds, its aligner doing nothing": as_rows(added)})
+            _show_report({"what an adapter adds, its aligner doing nothing": as_rows(costs)})
         return
     with _extra("export"), _extra("eval"):
         from aligner_integrations.evaluation.suite import run_suite
@@ -207,6 +195,18 @@ def bench(
         typer.echo(json.dumps(records if len(records) > 1 else records[0]))
         return
     for report in reports:
+        _show_report(report.shown())
+
+
+def _bench_loop(data: Path | None, *, as_json: bool) -> None:
+    from aligner_integrations.evaluation.loop import run_loop
+
+    if data is None:
+        raise typer.BadParameter("--loop needs --data, the folder with the answers")
+    report = run_loop(data)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict()))
+    else:
         _show_report(report.shown())
 
 
