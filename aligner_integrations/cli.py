@@ -223,14 +223,17 @@ def bench(
     replay: Annotated[
         bool, typer.Option("--replay", help="Count forwards of corrections in --data.")
     ] = False,
+    loop: Annotated[bool, typer.Option("--loop", help="Count what a closed loop asks for.")] = False,
     data: Annotated[
-        Path | None, typer.Option("--data", exists=True, file_okay=False, help="Folder for --replay.")
+        Path | None, typer.Option("--data", exists=True, file_okay=False, help="For --replay and --loop.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time guided decoding beside plain greedy decoding and one prefill, on the same session."""
-    if adapters + batch + memory + replay > 1:
-        raise typer.BadParameter("--adapters, --batch, --memory and --replay exclude each other")
+    if adapters + batch + memory + replay + loop > 1:
+        raise typer.BadParameter("--adapters, --batch, --memory, --replay and --loop exclude each other")
+    if loop:
+        return _bench_loop(data, as_json=as_json)
     if adapters:
         with _extra("langchain"):
             from aligner_integrations.evaluation.adapters import as_rows, run_adapters
@@ -258,6 +261,18 @@ def bench(
         typer.echo(json.dumps(records if len(records) > 1 else records[0]))
         return
     for report in reports:
+        _show_report(report.shown())
+
+
+def _bench_loop(data: Path | None, *, as_json: bool) -> None:
+    from aligner_integrations.evaluation.loop import run_loop
+
+    if data is None:
+        raise typer.BadParameter("--loop needs --data, the folder with the answers")
+    report = run_loop(data)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict()))
+    else:
         _show_report(report.shown())
 
 
