@@ -453,7 +453,7 @@ def long_model(sentences: int) -> FakeListChatModel:
     return FakeListChatModel(responses=["So it is. " * sentences])
 
 
-def test_a_slow_reader_slows_the_run() -> None:
+def test_t12_a_slow_reader_slows_the_run() -> None:
     handler = StreamAlignerCallbackHandler(ALIGNER, buffer_size=4)
     chain = long_model(50)
     with ThreadPoolExecutor(1) as pool:

@@ -323,7 +323,7 @@ async def test_a_failing_reader_closes_the_llms_async_stream() -> None:
 
 
 @pytest.mark.parametrize("kind", ["Response", "AsyncStreamingResponse"])
-async def test_cancelling_leaves_nothing_running(kind: str) -> None:
+async def test_t11_cancelling_leaves_nothing_running(kind: str) -> None:
     """Also in the middle of a correction, which runs in a thread."""
     begun = threading.Event()
     go_on = threading.Event()
