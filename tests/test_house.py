@@ -76,7 +76,7 @@ FILE_BUDGETS = {
 FUNCTION_BUDGET = 60
 LONGER = {"from_pretrained": 70}  # three lines for each of its options
 # Lines of the library proper: what each framework's adapter may take, and the rest together.
-CEILINGS = {"langchain/": 4000, "llama_index/": 2000, "": 7400}
+CEILINGS = {"langchain/": 4000, "llama_index/": 2000, "": 8000}
 EXPORT = ("export.py", "llama_graph.py", "logit_graph.py", "stored_weights.py")
 NOT_THE_LIBRARY_PROPER = ("training/", "evaluation/", "cli.py", "doctor.py", "testing/", *EXPORT)
 
