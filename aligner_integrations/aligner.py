@@ -84,8 +84,7 @@ class Aligner:
         self.config = config
         self.decode_config = decode or DecodeConfig(edit_margin=config.edit_margin)
         self.safeguards = safeguards
-        special = tokenizer.special_tokens_in(self.template.frame)
-        self._defuser = Defuser(self.template.plain_markers(special), active=defuse_markers)
+        self._defuser = Defuser.of(self.template, tokenizer, active=defuse_markers)
         self.max_batch_tokens = max_batch_tokens
         self.micro_batch_ms = micro_batch_ms
         self.keep_id = None if config.keep_token is None else tokenizer.token_id(config.keep_token)

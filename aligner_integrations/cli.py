@@ -145,7 +145,9 @@ def correct(
         answer_seconds=answer_seconds,
     )
     if as_json:
-        typer.echo(json.dumps(_as_record(correction), ensure_ascii=False))
+        record = json.dumps(_as_record(correction), ensure_ascii=False)
+        lossless = record.encode(errors="ignore").decode() == record  # no lone surrogates, which JSON escapes
+        typer.echo(record if lossless else json.dumps(_as_record(correction)))
         return
     _show(correction.answer, correction)
     typer.echo()
@@ -412,8 +414,17 @@ def _show(original: str, corrected: Correction | Segment) -> None:
     if console.is_terminal:
         console.print(marked(original, corrected.edits), end="", soft_wrap=True, highlight=False)
     else:
-        sys.stdout.write(corrected.text)
+        _write(corrected.text)
     sys.stdout.flush()
+
+
+def _write(text: str) -> None:
+    """Write text; bytes that are no UTF-8, which came in as lone surrogates, go out as they came."""
+    try:
+        sys.stdout.write(text)
+    except UnicodeEncodeError:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
 
 
 def _as_record(correction: Correction) -> dict[str, Any]:
@@ -422,7 +433,7 @@ def _as_record(correction: Correction) -> dict[str, Any]:
 
 def _read_chunks() -> Iterator[str]:
     """Yield standard input as it arrives: what is there now, not what fills a buffer."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
     while block := os.read(sys.stdin.fileno(), 65536):
         yield decoder.decode(block)
     yield decoder.decode(b"", final=True)

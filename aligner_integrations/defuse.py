@@ -7,10 +7,15 @@ sees the same text, the tokenizer another one.
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 
 from aligner_integrations.correction import Finding
+from aligner_integrations.template import CorrectionTemplate
+from aligner_integrations.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 # U+2060 WORD JOINER has no width and forbids no more than a line break inside the mark. U+200B, a space of no
 # width, becomes a real space in some normalizers of tokenizers.
@@ -25,6 +30,18 @@ class Defuser:
             raise TypeError(f"defuse_markers must be a bool, got {type(active).__name__}")
         self._pattern = pattern
         self.active = active
+
+    @classmethod
+    def of(cls, template: CorrectionTemplate, tokenizer: Tokenizer, *, active: bool) -> Defuser:
+        """Return the one for a template's marks, without those that are control tokens of the tokenizer."""
+        pattern = template.plain_markers(tokenizer.special_tokens_in(template.frame))
+        if active and pattern and tokenizer.encode_text(f"a{JOINER}s") == tokenizer.encode_text("as"):
+            logger.warning(
+                "the tokenizer drops U+2060, so a text can pose as the frame of template %r: marks are "
+                "reported, but not defused",
+                template.name,
+            )
+        return cls(pattern, active=active)
 
     def __call__(self, text: str) -> str:
         """Return `text` with its marks broken. What is defused already stays as it is."""

@@ -16,12 +16,16 @@ _INLINE_CODE = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 # Inline mathematics between single dollars, which amounts of money are not.
 _DOLLARS = re.compile(r"(?<![\\$\w])\$(?![\s$])([^$\n]*[^$\s\\])\$(?![\w$])")
 _MATHEMATICS = re.compile(r"[\\^_={]")
+_BLOCKS = (("\\[", "\\]"), ("$$", "$$"), ("\\begin{", "\\end{"))
 _DISPLAYS = (("\\[", "\\]"), ("\\(", "\\)"), ("$$", "$$"), ("\\begin{", "\\end{"))
 _URL = re.compile(r"https?://[^\s<>\"'`)\]]+")
 _LINK = re.compile(r"\[([^\[\]\n]{1,200})\]\((https?://[^\s()]{1,2000})\)")
 _QUOTE = re.compile(r"\"([^\"\n]{3,300})\"|“([^“”\n]{3,300})”")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
-_KEY = re.compile(r"[\[{\s]*\"[^\"\n]*\"\s*:\s*(?:[\"\[{\d-]|true\b|false\b|null\b)")
+# A line of JSON that was cut: a key with its value, or a string or number with the comma behind it.
+_KEY = re.compile(
+    r"(?:\s*(?:\"[^\"\n]*\"|-?\d[\d.eE+-]*),\s*\Z)|[\[{\s]*\"[^\"\n]*\"\s*:\s*(?:[\"\[{\d-]|true\b|false\b|null\b)"
+)
 # A citation, whole with its link; or inline code, where brackets are none. Counted from 1: [0, 1] is none.
 _CITATION = re.compile(
     r"""`[^`\n]*`
@@ -122,6 +126,38 @@ def formulas(text: str) -> set[str]:
     for opener, closer in _DISPLAYS:
         found.update(text[start:end] for start, end in _between(text, opener, closer))
     return {bare for body in found if (bare := "".join(body.split()))}
+
+
+class OpenBlocks:
+    """Follows an answer line by line: is it inside a display formula, or in JSON of several lines?
+
+    Both begin at the start of a line, JSON with a bracket alone, and end at a blank one at the latest.
+    """
+
+    def __init__(self) -> None:
+        self._awaited, self._depth = "", 0
+
+    def holds(self, line: str) -> tuple[bool, bool]:
+        """Return whether `line`, which comes next, belongs to a formula, and whether to JSON."""
+        return bool(self._awaited or _opened(line)), bool(self._depth or line.strip() in ("{", "["))
+
+    def take(self, line: str) -> None:
+        """Go on by `line`."""
+        formula, is_json = self.holds(line)
+        is_last = len(line[len(line.rstrip()) :].splitlines()) > 1
+        if is_json:
+            self._depth = max(0, self._depth + sum(map(line.count, "{[")) - sum(map(line.count, "}]")))
+        if formula:
+            opener = "" if self._awaited else _opened(line)
+            closer = self._awaited or dict(_BLOCKS)[opener]
+            self._awaited = "" if closer in line.lstrip()[len(opener) :] else closer
+        if is_last:
+            self._awaited, self._depth = "", 0
+
+
+def _opened(line: str) -> str:
+    start = line.lstrip()
+    return next((opener for opener, _ in _BLOCKS if start.startswith(opener)), "")
 
 
 def is_other_json(answer: str, proposed: str) -> bool:

@@ -14,6 +14,7 @@ from aligner_integrations.closed_loop import ClosedLoop as ClosedLoop
 from aligner_integrations.correction import Correction, Finding, FinishReason, Segment, make_edits
 from aligner_integrations.decode import PromptCache
 from aligner_integrations.errors import AlignerError, InputTooLongError
+from aligner_integrations.held import OpenBlocks
 from aligner_integrations.resilience import WITHHELD_TEXT, Budget, ErrorPolicy, OnError
 from aligner_integrations.safeguards import is_refusal
 from aligner_integrations.sentences import Piece, SentenceBuffer, split_margins
@@ -47,12 +48,14 @@ class SentenceSession:
         self._window: deque[tuple[str, int]] = deque()  # accepted pieces with their tokens
         self._held = 0  # tokens in the window
         self._refused = False
+        self._blocks = OpenBlocks()
 
     def accept(self, text: str) -> None:
         """Take a piece of the answer into the prefix: the reader has seen it."""
         tokens = len(self._aligner.encode_text(text))
         self._window.append((text, tokens))
         self._held += tokens
+        self._blocks.take(text)
         # Once refused, what is left of a harmful answer may be dropped.
         self._refused = self._refused or is_refusal(split_margins(text)[1])
 
@@ -69,7 +72,7 @@ class SentenceSession:
         margins = split_margins(piece)
         core = margins[1]
         is_prose = not isinstance(piece, Piece) or piece.kind == "prose"
-        if not is_prose or not has_words(core):
+        if not is_prose or not has_words(core) or self._is_structure(piece):
             return self._aligner.untouched(self._question, str(piece))
         with self._budget.sentence() as deadline:
             reference = self._aligner.encode_text(core)
@@ -80,6 +83,12 @@ class SentenceSession:
         policy = self._aligner.safeguard_policy
         policy = replace(policy, allow_empty=policy.allow_empty or self._refused)
         return self._aligner.finish(self._question, margins, reference, decoded, policy, findings)
+
+    def _is_structure(self, piece: str) -> bool:
+        """Whether `piece` is a line of a formula or of JSON that takes several, which stay as they are."""
+        actions = self._aligner.safeguard_policy.actions
+        held = zip(("formula_changed", "json_changed"), self._blocks.holds(piece), strict=True)
+        return any(inside and actions[check] == "keep_original" for check, inside in held)
 
     def _fit(self, core: str, tokens: int) -> tuple[Ids, tuple[Finding, ...]]:
         """Return the prompt for `core` with as much question and prefix as the context holds."""

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aligner_integrations.checks import CHECKS
-from aligner_integrations.policy import SafeguardPolicy
+from aligner_integrations.policy import Action, SafeguardPolicy
 from aligner_integrations.repair import REPAIRS, restore_code, restore_links
 from aligner_integrations.safeguards import CHECK_NAMES, guard_correction, inspect_correction, is_kept
 from aligner_integrations.testing import scripted_aligner
@@ -360,3 +360,29 @@ def test_a_megabyte_is_inspected() -> None:
     text = PROSE * 12_000
     assert len(text) > 1_000_000
     assert is_kept(inspect_correction("Q", text, text.replace("follow the", "followthe"), policy=WHOLE))
+
+
+LINES = [
+    '{\n  "year": 1,\n  "list": [\n    "item 1",\n    12,\n    13\n  ]\n}\n',
+    "So it is:\n\n\\[\nx = 1 + 2\n+ 2\n\\]\n\nIt is done.",
+    "So it is:\n\n$$ x = 1\n+ 2 $$\n\nIt is done.",
+    "\\begin{align}\nx &= 1 \\\\\ny &= 2\n\\end{align}\n",
+]
+
+
+@pytest.mark.parametrize("answer", LINES)
+def test_structure_of_several_lines_stays_in_a_stream(answer: str) -> None:
+    aligner = scripted_aligner(lambda q, p, s: s.replace("1", "7"), safeguards="keep_original")
+    with aligner.stream("Q") as stream:
+        segments = [*stream.push(answer + "\n\nAfter 1 comes 2.\n"), *stream.close()]
+    shown = "".join(segment.text for segment in segments)
+    assert shown == answer + "\n\nAfter 7 comes 2.\n"
+    actions: dict[str, Action] = {"formula_changed": "accept", "json_changed": "accept", "drift": "off"}
+    free = aligner.with_options(safeguards=actions)
+    assert free.correct("Q", answer).text == answer.replace("1", "7")
+
+
+def test_a_formula_that_never_ends_ends_at_a_blank_line() -> None:
+    aligner = scripted_aligner(lambda q, p, s: s.replace("1", "7"), safeguards="keep_original")
+    answer = "$$ x = 1\n\nThere is 1 more.\n"
+    assert aligner.correct("Q", answer).text == "$$ x = 1\n\nThere is 7 more.\n"

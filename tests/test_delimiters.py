@@ -271,6 +271,23 @@ def test_markers_are_reported_also_where_they_are_let_through() -> None:
         believer("aligner-correction", {}, defuse_markers="yes")
 
 
+def test_a_tokenizer_that_drops_the_character_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    parts = json.loads(byte_level_pairs()[0])
+    parts["normalizer"] = {"type": "Replace", "pattern": {"String": JOINER}, "content": ""}
+    frame = named("aligner-correction")
+    config = AlignerConfig(frame.name, frame.granularity)
+    backend = ScriptedBackend(lambda given: None, vocab_size=1, eos_id=0)
+    for choice, warnings in ((True, 1), (False, 0)):
+        caplog.clear()
+        dropping = Tokenizer.from_str(json.dumps(parts))
+        Aligner(backend, dropping, config, template=frame, defuse_markers=choice)
+        assert len(caplog.records) == warnings
+    caplog.clear()
+    for ids in TOKENIZERS:
+        Aligner(backend, tokenizer(ids), config, template=frame)
+    assert caplog.records == []
+
+
 def test_options_keep_the_choice() -> None:
     for choice in (True, False):
         aligner = believer("aligner-correction", {}, defuse_markers=choice).with_options(safeguards="off")

@@ -24,7 +24,7 @@ FILE_BUDGETS = {
     "correction.py": 160,
     "config.py": 150,
     "template.py": 240,
-    "defuse.py": 90,
+    "defuse.py": 100,
     "checksums.py": 70,
     "sentences.py": 400,
     "tokenizer.py": 200,
@@ -33,7 +33,7 @@ FILE_BUDGETS = {
     "safeguards.py": 150,
     "policy.py": 200,
     "wording.py": 200,
-    "held.py": 250,
+    "held.py": 280,
     "checks.py": 400,
     "spacing.py": 130,
     "endings.py": 130,
@@ -83,10 +83,13 @@ NOT_THE_LIBRARY_PROPER = ("training/", "evaluation/", "cli.py", "doctor.py", "te
 # Which way imports point: a file imports from its own floor or below.
 FLOORS = {
     0: (
-        *("errors", "correction", "config", "template", "defuse", "checksums", "sentences", "read_ahead"),
+        *("errors", "correction", "config", "template", "checksums", "sentences", "read_ahead"),
         *("safeguards", "policy", "wording", "held", "checks", "endings", "repair", "spacing"),
     ),
-    1: ("decode", "draft", "sampling", "tokenizer", "backends.base", "resilience", "continuation"),
+    1: (
+        *("decode", "draft", "sampling", "tokenizer", "defuse", "backends.base", "resilience"),
+        "continuation",
+    ),
     2: (
         *(
             "backends",

@@ -64,14 +64,14 @@ def timeless(segments: Sequence[Segment]) -> list[Segment]:
 
 
 @given(text=TEXTS, borders=st.lists(st.integers(0, 10_000), max_size=10))
-def test_identity(text: str, borders: list[int]) -> None:
+def test_t2_identity(text: str, borders: list[int]) -> None:
     segments = run(copying(), cut(text, borders))
     assert shown(segments) == text
     assert not any(segment.changed for segment in segments)
 
 
 @given(text=TEXTS, borders=st.lists(st.integers(0, 10_000), max_size=10))
-def test_chunk_blind(text: str, borders: list[int]) -> None:
+def test_t3_chunk_blind(text: str, borders: list[int]) -> None:
     aligner = rewriting()
     whole = run(aligner, [text])
     assert timeless(run(aligner, cut(text, borders))) == timeless(whole)

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llama_index.core.schema import NodeWithScore, TextNode
 
 from aligner_integrations import Aligner
 from aligner_integrations.evaluation.injections import PLACES, InjectionReport, main, measure
+from aligner_integrations.llama_index import AlignerPostprocessor
 from aligner_integrations.testing import scripted_aligner
 
 FILE = Path(__file__).parent.parent / "data" / "injections.json"
@@ -29,6 +31,20 @@ def test_injections_around_a_sentence_do_not_stop_its_correction(injected: Injec
     assert set(shares) == set(PLACES)
     for place in ("before the sentence", "after the sentence", "in the question"):
         assert shares[place] >= 0.95, shares
+
+
+def test_injections_in_nodes_do_not_stop_the_correction_of_nodes() -> None:
+    row = SENTENCES[0]
+    nodes = [
+        NodeWithScore(
+            node=TextNode(text=PLACES["before the sentence"]("", row["sentence"], said)[1]), score=1.0
+        )
+        for said in DATA["injections"]
+    ]
+    corrected = AlignerPostprocessor().postprocess_nodes(nodes, query_str=row["question"])
+    assert len(corrected) == len(nodes)
+    left = [node.node.get_content() for node in corrected if row["wrong"] in node.node.get_content()]
+    assert len(left) <= 2, left
 
 
 def test_inside_a_sentence_they_do_no_more_than_any_other_text(injected: InjectionReport) -> None:

@@ -109,7 +109,7 @@ def test_the_first_sentence_leaves_before_the_model_is_done() -> None:
     assert "".join(said) == "Two and two make four. 2 "
 
 
-def test_no_callback_and_no_tracer_hears_the_raw_text() -> None:
+def test_t4_t19_no_callback_and_no_tracer_hears_the_raw_text() -> None:
     for call in ("invoke", "stream"):
         listener, tracer = Listener(), Tracer()
         result = getattr(aligned(), call)("2 + 2?", {"callbacks": [listener, tracer]})
@@ -170,7 +170,7 @@ async def test_events_of_a_graph_are_corrected() -> None:
     assert RAW not in repr(events) and MENDED in repr(events)
 
 
-def test_usage_ids_and_metadata_are_the_models_once() -> None:
+def test_t18_usage_ids_and_metadata_are_the_models_once() -> None:
     usage = {"input_tokens": 11, "output_tokens": 7, "total_tokens": 18}
     whole: Any = None
     for chunk in aligned().stream("2 + 2?"):
@@ -212,7 +212,7 @@ def add(left: int, right: int) -> int:
     return left + right
 
 
-def test_tool_calls_are_kept_and_the_text_beside_them_is_corrected() -> None:
+def test_t17_tool_calls_are_kept_and_the_text_beside_them_is_corrected() -> None:
     bound = aligned().bind_tools([add])
     whole: Any = None
     for chunk in bound.stream("Add 2 and 2."):
@@ -224,7 +224,7 @@ def test_tool_calls_are_kept_and_the_text_beside_them_is_corrected() -> None:
         assert message.text == "I look it up: 2 + 2 = 4. "
 
 
-def test_blocks_that_are_not_text_pass_in_order() -> None:
+def test_t17_blocks_that_are_not_text_pass_in_order() -> None:
     blocks = [
         {"type": "reasoning", "reasoning": "2 + 2 = 5?", "index": 0},
         {"type": "text", "text": "2 + 2 = 5.", "index": 1},

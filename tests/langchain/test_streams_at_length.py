@@ -139,7 +139,7 @@ def openings() -> list[str]:
     return [answer[:OPENING] for _, answer in rows()]
 
 
-def test_a_thousand_chunkings_through_the_model() -> None:
+def test_t1_t3_a_thousand_chunkings_through_the_model() -> None:
     replay, dice = Replay(), random.Random(1)
     aligned = AlignedChatModel(model=replay, aligner=ALIGNER)
     cases, differences, counts = 0, list[tuple[str, list[str], str]](), set[int]()
@@ -163,7 +163,7 @@ def test_a_thousand_chunkings_through_the_model() -> None:
     assert 1 in counts and OPENING in counts
 
 
-def test_ten_thousand_chunkings_through_a_graph() -> None:
+def test_t1_t3_ten_thousand_chunkings_through_a_graph() -> None:
     """What is streamed, the state, and what the checkpointer keeps for the next turn are one text."""
     replay, dice = Replay(), random.Random(2)
     aligned = AlignedChatModel(model=replay, aligner=ALIGNER)
@@ -191,7 +191,7 @@ def test_ten_thousand_chunkings_through_a_graph() -> None:
 
 
 @pytest.mark.parametrize("kind", ["text", "messages"])
-def test_a_thousand_chunkings_through_the_runnable(kind: str) -> None:
+def test_t1_t3_a_thousand_chunkings_through_the_runnable(kind: str) -> None:
     dice, aligner = random.Random(3), AlignerRunnable(ALIGNER)
     cases, differences = 0, list[tuple[str, list[str], str]]()
     for text in openings():
