@@ -285,7 +285,7 @@ def test_t9_it_opens_probes_and_closes(caplog: pytest.LogCaptureFixture) -> None
     with caplog.at_level(logging.INFO, logger="aligner_integrations.resilience"):
         for _ in range(3):
             assert breaker.state == "closed"
-            with pytest.raises(CorrectionFailedError, match="model down"):
+            with pytest.raises(CorrectionFailedError, match="RuntimeError"):
                 aligner.correct("Q?", "A bad.")
         assert breaker.state == "open"
         with pytest.raises(CorrectionFailedError, match="circuit open after 3"):
@@ -293,7 +293,7 @@ def test_t9_it_opens_probes_and_closes(caplog: pytest.LogCaptureFixture) -> None
         assert model.asked == 3
         clock.now = 10.0
         assert breaker.state == "half_open"
-        with pytest.raises(CorrectionFailedError, match="model down"):
+        with pytest.raises(CorrectionFailedError, match="RuntimeError"):
             aligner.correct("Q?", "A bad.")  # the probe
         assert (breaker.state, model.asked) == ("open", 4)
         clock.now = 20.0
@@ -304,7 +304,7 @@ def test_t9_it_opens_probes_and_closes(caplog: pytest.LogCaptureFixture) -> None
     assert "bad" not in caplog.text
     model.down = True
     for _ in range(2):  # it counts from 0 again
-        with pytest.raises(CorrectionFailedError, match="model down"):
+        with pytest.raises(CorrectionFailedError, match="RuntimeError"):
             aligner.correct("Q?", "A bad.")
     assert breaker.state == "closed"
 
@@ -315,7 +315,7 @@ def test_t9_a_success_in_between_counts_from_zero() -> None:
     aligner = guarded(model, breaker)
     for _ in range(5):
         model.down = True
-        with pytest.raises(CorrectionFailedError, match="model down"):
+        with pytest.raises(CorrectionFailedError, match="RuntimeError"):
             aligner.correct("Q?", "A bad.")
         model.down = False
         aligner.correct("Q?", "A bad.")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import textwrap
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -222,11 +221,10 @@ class OnnxBackend:
                 except ProviderUnavailableError:
                     continue
                 logger.warning(
-                    "provider %s failed while it ran (%s); %s runs from now on",
-                    self.provider,
-                    textwrap.shorten(f"{type(error).__name__}: {error}", 240, placeholder=" ..."),
-                    found,
+                    "provider %s failed while it ran with %s; %s runs from now on",
+                    *(self.provider, type(error).__name__, found),
                 )
+                logger.debug("what it said", exc_info=error)  # it may quote what it ran on
                 succeeding = self._graph_of(session, found)
                 graph.lost = True  # first, or a cache of the one could meet the other
                 self._session, self._graph, self.provider = session, succeeding, found

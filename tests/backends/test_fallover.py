@@ -70,7 +70,7 @@ def test_t20_whenever_it_fails_the_text_is_the_same(at: int, caplog: pytest.LogC
     assert found.stats.provider == aligner.backend.provider == CPU
     warnings = [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
     assert len(warnings) == 1
-    assert all("illegal memory access" in each and "26" not in each for each in warnings)
+    assert all("RuntimeException" in each and "illegal" not in each for each in warnings)
     # It is gone for good, and nothing is left of it.
     assert aligner.correct(QUESTION, ANSWER).text == wanted.text
     assert len([each for each in caplog.records if each.levelno >= logging.WARNING]) == 1
@@ -120,7 +120,7 @@ def test_t20_it_falls_within_a_deadline_too() -> None:
 
 def test_t20_without_a_rung_the_correction_fails_as_it_did() -> None:
     aligner = dying(0, rungs=())
-    with pytest.raises(CorrectionFailedError, match="illegal memory access"):
+    with pytest.raises(CorrectionFailedError, match="RuntimeException"):
         aligner.correct(QUESTION, ANSWER)
     assert aligner.correct(QUESTION, ANSWER, on_error="pass_through").text == ANSWER
 
@@ -128,8 +128,9 @@ def test_t20_without_a_rung_the_correction_fails_as_it_did() -> None:
 @pytest.mark.parametrize("error", [native.InvalidArgument("bad shape"), ValueError("bad ids")])
 def test_t20_what_the_input_is_to_blame_for_is_no_reason_to_fall(error: Exception) -> None:
     aligner = dying(0, error=error)
-    with pytest.raises(CorrectionFailedError, match="bad"):
+    with pytest.raises(CorrectionFailedError) as failed:
         aligner.correct(QUESTION, ANSWER)
+    assert failed.value.__cause__ is error
 
 
 def test_t20_a_cache_of_the_lost_rung_is_refused_and_a_new_one_taken() -> None:
