@@ -43,8 +43,8 @@ class LoopState:
     badly after that. At the end of upstream call `end`.
 
     Where a sentence was dropped, upstream is not asked anew: what it is to continue is what it was. It is
-    left alone, and sentences are corrected on their way out only, after `max_restarts`, and once it goes on
-    from a correction with a sentence that was corrected at a restart before: it would do so for ever.
+    left alone, and sentences are corrected on their way out only, after `max_restarts`, and once it says a
+    sentence again that led to a restart before: it makes no progress.
 
     With `repeats` what upstream repeats of the shown text, when it goes on, is removed.
     """
@@ -61,7 +61,6 @@ class LoopState:
         self._lead: str | None = None  # at a seam: the white space with which upstream goes on
         self._skipped = 0
         self._interrupted: set[str] = set()  # the sentences that led to a restart, as upstream wrote them
-        self._is_first = False  # whether the next sentence is the first after a restart
         self._ended = False
         self.left = max_restarts  # restarts that may still come
         self.restarts = 0
@@ -101,10 +100,8 @@ class LoopState:
         segment = self._corrector.step()
         self._shown += segment.text
         said = " ".join(segment.original.split())
-        if said:
-            if self._is_first and said in self._interrupted:
-                self.left = 0
-            self._is_first = False
+        if said in self._interrupted:
+            self.left = 0
         # After the last sentence of an answer there is nothing that could follow from it.
         is_last = self._ended and not self._corrector.waiting
         # A dropped one leaves the prefix as it was: upstream would say the same again.
@@ -126,7 +123,6 @@ class LoopState:
         self._repetition = Repetition(self._shown) if self._repeats else None
         self._skipped = 0
         self._ended = self.stale = False
-        self._is_first = True
         self.left -= 1
         self.restarts += 1
 

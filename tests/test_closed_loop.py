@@ -87,11 +87,11 @@ def sequential(write: Write, rule: Rule, *, restarts: int = MAX_RESTARTS) -> Seq
     """Stream Aligner's own algorithm: ask for the rest, cut its first sentence, correct, append, repeat.
 
     Where a sentence was dropped, to ask for what comes after the same text would give the same sentence: the
-    rest stays what it is, until another one changes. So it does after `restarts` changes, and once what comes
-    after a changed sentence begins with one that was changed, so, before.
+    rest stays what it is, until another one changes. So it does after `restarts` changes, and once a sentence
+    comes again that was changed before.
     """
     shown, asked = "", 0
-    was_dropped, is_first, is_left_alone = False, False, False
+    was_dropped, is_left_alone = False, False
     changed: set[str] = set()
     rest = cut([write("")])
     while rest:
@@ -99,18 +99,17 @@ def sequential(write: Write, rule: Rule, *, restarts: int = MAX_RESTARTS) -> Seq
         text = corrected(rule, shown, piece)
         shown += text
         said = " ".join(piece.split())
-        if is_first and said in changed:
+        if said in changed:
             restarts = asked
-        is_first = is_first and not said
         if not rest:
             break
         if text != piece:
             was_dropped = not text.strip()
             if not was_dropped:
                 is_left_alone = asked == restarts
-                is_first = not is_left_alone
-                asked += is_first
-                changed.add(said)
+                if not is_left_alone:
+                    asked += 1
+                    changed.add(said)
         if not (was_dropped or is_left_alone):
             rest = cut([joined(shown, write(shown.rstrip()))])
     return Sequential(shown, asked)
@@ -303,6 +302,13 @@ def test_an_upstream_that_makes_no_progress_is_left_alone(period: int) -> None:
     assert len(driven.prefixes) == 1 + period
 
 
+def test_an_upstream_that_begins_again_is_left_alone() -> None:
+    """As one may that is asked for what comes next, and does not understand."""
+    driven = drive(loop_of(mending), lambda prefix: "Fine. It is bad. Weep.")
+    assert driven.prefixes == ["", "Fine. It is good."]
+    assert driven.text == "Fine. It is good. Fine. It is good. Weep."
+
+
 def test_no_restarts() -> None:
     driven = drive(loop_of(mending, max_restarts=0), saying("It is bad. It is bad. Fine."))
     assert driven.text == "It is good. It is good. Fine."
@@ -472,11 +478,11 @@ def test_what_upstream_raises_comes_through(no_thread_is_left: None) -> None:
 
 
 def test_what_upstream_repeats_is_removed() -> None:
-    answers = {"": "Fine. It is bad. Weep.", "Fine. It is good.": "It is good. Smile. It is bad. Cry."}
-    answers["Fine. It is good. Smile. It is good."] = "Smile. It is good. Sing."
+    answers = {"": "Fine. It is bad. Weep.", "Fine. It is good.": "It is good. Smile. All is bad. Cry."}
+    answers["Fine. It is good. Smile. All is good."] = "Smile. All is good. Sing."
     loop = ClosedLoop(Talking(answers.__getitem__), scripted_aligner(mending), repeats=True)
     texts = [segment.text for segment in loop.stream(QUESTION)]
-    assert "".join(texts) == "Fine. It is good. Smile. It is good. Sing."
+    assert "".join(texts) == "Fine. It is good. Smile. All is good. Sing."
 
 
 def test_any_iterable_is_an_upstream() -> None:

@@ -15,6 +15,8 @@ from langchain_core.callbacks import CallbackManagerForLLMRun, UsageMetadataCall
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.tracers import BaseTracer
+from langchain_core.tracers.schemas import Run
 from langgraph.graph import START, MessagesState, StateGraph
 from pydantic import Field, ValidationError
 
@@ -31,6 +33,15 @@ from tests.test_closed_loop import Write, mending, random_rule, sequential, writ
 RAW = "bad"
 ANSWERS = {"": "Fine. It is bad. So weep. And so on.", "Fine. It is good.": " So smile.\nBye."}
 SHOWN = "Fine. It is good. So smile.\nBye."
+
+
+class Tracer(BaseTracer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs: list[Run] = []
+
+    def _persist_run(self, run: Run) -> None:
+        self.runs.append(run)
 
 
 class Continuing(BaseChatModel):
@@ -343,6 +354,15 @@ def test_t10_failures(form: str) -> None:
     assert run(form, withholding, "How is it?").text == "Fine. Hm. Bye."
     with pytest.raises(KeyError):  # upstream's own error, in its second round
         run(form, closed(script({"": ANSWERS[""]})), "How is it?")
+
+
+@pytest.mark.parametrize("form", ["invoke", "ainvoke", "stream", "astream"])
+def test_trace_original_shows_a_run_for_each_round(form: str) -> None:
+    tracer = Tracer()
+    message = run(form, closed(script(), trace_original=True), "How is it?", {"callbacks": [tracer]})
+    assert message.text == SHOWN
+    outputs = [repr(one.outputs) for root in tracer.runs for one in (root, *root.child_runs)]
+    assert len(outputs) == 3 and sum("So smile" in output for output in outputs) == 2
 
 
 def test_wrong_options_are_refused() -> None:
