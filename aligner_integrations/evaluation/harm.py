@@ -17,8 +17,8 @@ line break and a misspelled word are no damage, nor is a worse or a wrong text.
 `looks_damaged` is the part of it that was counted where these corrections were first described: fullwidth
 marks, or at least 21 small letters in a row. It is a floor, and some of its ideas are the checks' own. The
 labels were given by reading `samples`, a round at a time and before the checks had seen that round; the
-checks were made on the other half of the questions, and mended after each round. So the last round alone
-tells how good they are on what they were not made on.
+checks were made on the other half of the questions, and mended after each round, a little after the last one
+too. What each round gave when it was new is in docs/benchmarks.md.
 """
 
 from __future__ import annotations
