@@ -22,10 +22,12 @@ from rich.table import Table
 from rich.text import Text
 
 from aligner_integrations import Aligner, Correction, DecodeConfig, Edit, Segment
-from aligner_integrations.errors import AlignerError, MissingDependencyError
+from aligner_integrations.errors import AlignerError, CorrectionFailedError, MissingDependencyError
+from aligner_integrations.policy import SafeguardMode
 
 if TYPE_CHECKING:
     from aligner_integrations.evaluation.figures import Report
+    from aligner_integrations.resilience import OnError
 
 app = typer.Typer(
     name="aligner",
@@ -45,11 +47,35 @@ ModelOption = Annotated[
 TemplateOption = Annotated[
     str | None, typer.Option("--template", help="The prompt's frame, for a model without aligner.json.")
 ]
+RevisionOption = Annotated[
+    str | None, typer.Option("--revision", help="Branch, tag or commit of a hub name; a commit pins it.")
+]
 BackendOption = Annotated[str, typer.Option("--backend", help="auto, onnx or torch.")]
 ProviderOption = Annotated[str, typer.Option("--provider", help="auto, tensorrt, cuda or cpu.")]
 MarginOption = Annotated[
     float | None,
     typer.Option("--edit-margin", min=0.0, help="How sure (in logits) the model must be before it edits."),
+]
+TemperatureOption = Annotated[
+    float, typer.Option("--temperature", min=0.0, help="Above 0 tokens are drawn, not the best taken.")
+]
+TopPOption = Annotated[
+    float, typer.Option("--top-p", min=0.0, max=1.0, help="Draw from the fewest that reach this chance.")
+]
+TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Draw from so many of the best; 0: all.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Draw the same each time.")]
+OnErrorOption = Annotated[
+    str, typer.Option("--on-error", help="For a failed correction: raise, pass_through or withhold.")
+]
+SentenceSecondsOption = Annotated[
+    float | None, typer.Option("--sentence-seconds", help="So long each correction may take.")
+]
+AnswerSecondsOption = Annotated[
+    float | None, typer.Option("--answer-seconds", help="So long all corrections may take together.")
+]
+SafeguardsOption = Annotated[
+    Literal["keep_original", "off"],
+    typer.Option("--safeguards", help="keep_original shows no harmful correction, off shows every one."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -95,14 +121,33 @@ def correct(
     template: TemplateOption = None,
     backend: BackendOption = "auto",
     provider: ProviderOption = "auto",
+    revision: RevisionOption = None,
     edit_margin: MarginOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
+    seed: SeedOption = None,
+    on_error: OnErrorOption = "raise",
+    sentence_seconds: SentenceSecondsOption = None,
+    answer_seconds: AnswerSecondsOption = None,
+    safeguards: SafeguardsOption = "keep_original",
 ) -> None:
     """Correct a finished answer."""
-    correction = _load(model, edit_margin, template, backend, provider).correct(
-        question, answer, feedback=feedback
+    drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    correction = _load(
+        model, edit_margin, template, backend, provider, revision, safeguards, **drawing
+    ).correct(
+        question,
+        answer,
+        feedback=feedback,
+        on_error=cast("OnError", on_error),
+        sentence_seconds=sentence_seconds,
+        answer_seconds=answer_seconds,
     )
     if as_json:
-        typer.echo(json.dumps(_as_record(correction), ensure_ascii=False))
+        record = json.dumps(_as_record(correction), ensure_ascii=False)
+        lossless = record.encode(errors="ignore").decode() == record  # no lone surrogates, which JSON escapes
+        typer.echo(record if lossless else json.dumps(_as_record(correction)))
         return
     _show(correction.answer, correction)
     typer.echo()
@@ -115,20 +160,43 @@ def stream(
     template: TemplateOption = None,
     backend: BackendOption = "auto",
     provider: ProviderOption = "auto",
+    revision: RevisionOption = None,
     edit_margin: MarginOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
+    seed: SeedOption = None,
+    on_error: OnErrorOption = "raise",
+    sentence_seconds: SentenceSecondsOption = None,
+    answer_seconds: AnswerSecondsOption = None,
+    safeguards: SafeguardsOption = "keep_original",
 ) -> None:
     """Correct an answer that comes in on standard input; corrected text goes out as it comes."""
-    aligner = _load(model, edit_margin, template, backend, provider)
-    for segment in aligner.correct_stream(question, _read_chunks()):
+    drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    aligner = _load(model, edit_margin, template, backend, provider, revision, safeguards, **drawing)
+    for segment in aligner.correct_stream(
+        question,
+        _read_chunks(),
+        on_error=cast("OnError", on_error),
+        sentence_seconds=sentence_seconds,
+        answer_seconds=answer_seconds,
+    ):
         _show(segment.original, segment)
 
 
 @app.command()
-def doctor(model: ModelOption = None, template: TemplateOption = None, as_json: JsonOption = False) -> None:
+def doctor(
+    model: ModelOption = None,
+    template: TemplateOption = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare the model's files with their SHA256SUMS instead.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Say what is installed and which providers really load, and correct one sentence as a check."""
-    from aligner_integrations.doctor import examine
+    from aligner_integrations import doctor
 
-    report, failure = examine(model, template=template)
+    report, failure = doctor.verify(model) if verify else doctor.examine(model, template=template)
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
     else:
@@ -274,14 +342,24 @@ def evaluate_model(
     template: TemplateOption = None,
     backend: BackendOption = "auto",
     provider: ProviderOption = "auto",
+    revision: RevisionOption = None,
     edit_margin: MarginOption = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Held-out rows of each task, at most.")] = 600,
+    harm: Annotated[
+        bool, typer.Option("--harm", help="Measure the safeguards on published corrections instead.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model on held-out rows: each figure beside its target, and the curve over the margin."""
+    if harm:
+        from aligner_integrations.evaluation.harm import run_harm
+
+        found = run_harm(data)
+        typer.echo(json.dumps(found.to_dict())) if as_json else _show_report(found.shown())
+        return
     with _extra("eval"):
         from aligner_integrations.evaluation.figures import evaluate
-    aligner = _load(model, edit_margin, template, backend, provider)
+    aligner = _load(model, edit_margin, template, backend, provider, revision)
     report = evaluate(aligner, data, rows_a_task=rows)
     _show_figures(report, aligner.decode_config.edit_margin, as_json=as_json)
 
@@ -300,18 +378,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # The reader went away (`aligner ... | head`): nothing is left to say, or to flush at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        return _fail(str(error) or type(error).__name__, status=1)
+        # What the backend said may quote the text; on the user's own screen it is of use.
+        cause = f": {error.__cause__}" if isinstance(error, CorrectionFailedError) else ""
+        return _fail((str(error) or type(error).__name__) + cause, status=1)
     except typer.Abort:
         return _fail("aborted", status=1)
 
 
 def _load(
-    model: str | None, edit_margin: float | None, template: str | None, backend: str, provider: str
+    model: str | None,
+    edit_margin: float | None,
+    template: str | None,
+    backend: str,
+    provider: str,
+    revision: str | None,
+    safeguards: SafeguardMode = "keep_original",
+    **drawing: Any,
 ) -> Aligner:
-    decode = None if edit_margin is None else DecodeConfig(edit_margin=edit_margin)
-    return Aligner.from_pretrained(
-        model, decode=decode, template=template, backend=backend, provider=provider
+    """Return the aligner; what is not given stays as the model's folder has it."""
+    changes = drawing if edit_margin is None else {"edit_margin": edit_margin, **drawing}
+    DecodeConfig(**changes)  # what is wrong with it is said before a model is loaded
+    aligner = Aligner.from_pretrained(
+        model,
+        template=template,
+        backend=backend,
+        provider=provider,
+        revision=revision,
+        safeguards=safeguards,
     )
+    return aligner.with_options(decode=dataclasses.replace(aligner.decode_config, **changes))
 
 
 def _show(original: str, corrected: Correction | Segment) -> None:
@@ -319,8 +414,17 @@ def _show(original: str, corrected: Correction | Segment) -> None:
     if console.is_terminal:
         console.print(marked(original, corrected.edits), end="", soft_wrap=True, highlight=False)
     else:
-        sys.stdout.write(corrected.text)
+        _write(corrected.text)
     sys.stdout.flush()
+
+
+def _write(text: str) -> None:
+    """Write text; bytes that are no UTF-8, which came in as lone surrogates, go out as they came."""
+    try:
+        sys.stdout.write(text)
+    except UnicodeEncodeError:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
 
 
 def _as_record(correction: Correction) -> dict[str, Any]:
@@ -329,7 +433,7 @@ def _as_record(correction: Correction) -> dict[str, Any]:
 
 def _read_chunks() -> Iterator[str]:
     """Yield standard input as it arrives: what is there now, not what fills a buffer."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
     while block := os.read(sys.stdin.fileno(), 65536):
         yield decoder.decode(block)
     yield decoder.decode(b"", final=True)

@@ -321,6 +321,8 @@ class ClosedLoop:
         on_error: What a failed correction does: `"raise"`, `"pass_through"` (the original is shown) or
             `"withhold"` (`withheld_text` is shown in its place).
         withheld_text: Stands for a sentence that was withheld.
+        sentence_seconds: How long each correction may take; a late one has failed.
+        answer_seconds: How long all corrections of an answer may take together.
         sink: Called with every segment once it is corrected.
     """
 
@@ -335,6 +337,8 @@ class ClosedLoop:
         feedback: str = "",
         on_error: OnError = "raise",
         withheld_text: str = WITHHELD_TEXT,
+        sentence_seconds: float | None = None,
+        answer_seconds: float | None = None,
         sink: Callable[[Segment], None] | None = None,
     ) -> None:
         if not callable(upstream):
@@ -347,7 +351,13 @@ class ClosedLoop:
         self._upstream = upstream
         self._read_ahead = read_ahead
         self._correct = partial(
-            aligner.stream, feedback=feedback, on_error=on_error, withheld_text=withheld_text, sink=sink
+            aligner.stream,
+            feedback=feedback,
+            on_error=on_error,
+            withheld_text=withheld_text,
+            sentence_seconds=sentence_seconds,
+            answer_seconds=answer_seconds,
+            sink=sink,
         )
         self._begin = partial(LoopState, max_restarts=max_restarts, repeats=repeats)
         self._begin(self._correct(""))  # checks the options

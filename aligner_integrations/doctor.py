@@ -14,6 +14,7 @@ from aligner_integrations import __version__
 from aligner_integrations.aligner import BUNDLED_MODEL, Aligner
 from aligner_integrations.backends import load_backend
 from aligner_integrations.backends.providers import FULL_NAMES, engine_cache_folder
+from aligner_integrations.checksums import AS_LISTED, check_sums
 from aligner_integrations.errors import AlignerError, ModelLoadError
 
 # In the order of the floors.
@@ -44,6 +45,20 @@ def examine(
     except AlignerError as error:
         return report, error
     return report, None
+
+
+def verify(model: str | None = None) -> tuple[dict[str, dict[str, str]], AlignerError | None]:
+    """Return how each file of a model folder compares with its list, and an error if one differs."""
+    folder = BUNDLED_MODEL if model is None else Path(model)
+    try:
+        found = check_sums(folder)
+    except AlignerError as error:
+        return {}, error
+    wrong = [f"{name} is {state}" for name, state in found.items() if state != AS_LISTED]
+    if not wrong:
+        return {"files": found}, None
+    cure = "install the package again" if model is None else "fetch the model again"
+    return {"files": found}, ModelLoadError(f"{folder} is not as released: {', '.join(wrong)}; {cure}")
 
 
 def _versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ everything outside the braces is ours (trusted), everything put into a field is 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import get_args
 
@@ -109,6 +110,15 @@ MARKERS = re.compile(
     r"|##(?:Question|Answer|Answer_Prefix|Answer_Last_Sentence|Correction|Revision|Your_Revision):"
     r"|BEGINNING OF CONVERSATION:|\bASSISTANT:"
 )
+# The same where a frame says it in plain text: its words, and what ends its fields or turns.
+_FRAME_WORDS = (
+    r"(?i:##(?:Question|Answer|Answer_Prefix|Answer_Last_Sentence|Correction|Revision|Your_Revision):)"
+    r"|BEGINNING\s+OF\s+CONVERSATION:|ASSISTANT:|USER:"
+)
+_FRAME_TAGS = re.compile(r"<\|[^<>|\s]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]|<</?SYS>>")
+_BAR = (
+    r"(?<!\S)\|(?!\S)"  # between white space; a field's end is as good, since the frame goes on with a space
+)
 _FIELD = re.compile(r"\{(question|answer|prefix|sentence|feedback|aspects|system)\}")
 
 
@@ -199,6 +209,17 @@ class CorrectionTemplate:
             question=question, answer=answer, prefix=prefix, sentence=sentence, feedback=feedback
         )
         return "".join(span.text for span in spans)
+
+    def plain_markers(self, special_tokens: Collection[str]) -> re.Pattern[str] | None:
+        """Return what finds this frame's marks in a text that could forge them, or None if none could.
+
+        Those that are `special_tokens` of the tokenizer cannot be forged: no text yields one.
+        """
+        tags = sorted(set(_FRAME_TAGS.findall(self.frame)) - set(special_tokens))
+        words = [_FRAME_WORDS] if re.search(_FRAME_WORDS, self.frame) else []
+        bar = [_BAR] if " | " in self.frame else []
+        found = [*words, *map(re.escape, tags), *bar]
+        return re.compile("|".join(found)) if found else None
 
     @property
     def _works_on(self) -> str:

@@ -360,7 +360,7 @@ def test_a_backend_that_fails_leaves_the_aligner_usable() -> None:
     tokenizer = byte_tokenizer()
     backend = Flaky(lambda ids: (len(ids), [2]), vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
     aligner = Aligner(backend, tokenizer, AlignerConfig("tiny", "sentence", keep_token="<|keep|>"))
-    with pytest.raises(CorrectionFailedError, match="MemoryError: out of memory") as caught:
+    with pytest.raises(CorrectionFailedError, match="failed while correcting: MemoryError;") as caught:
         aligner.correct("Q", "A sentence.")
     assert isinstance(caught.value.__cause__, MemoryError)
     backend.broken = False

@@ -261,7 +261,7 @@ async def test_acorrect_takes_the_same_policy() -> None:
     aligner = scripted(failing)
     found = await aligner.acorrect("Q", "Boom? No, boom.", on_error="withhold", withheld_text="[...]")
     assert found.text == "BOOM? [...]"
-    with pytest.raises(CorrectionFailedError, match="boom"):
+    with pytest.raises(CorrectionFailedError, match="RuntimeError;"):
         await aligner.acorrect("Q", "Boom? No, boom.")
 
 
@@ -291,14 +291,16 @@ def test_the_first_pair_that_fails_raises_whichever_fails_first() -> None:
     aligner = scripted(rule, workers=2)
     for _ in range(5):
         later.clear()
-        with pytest.raises(CorrectionFailedError, match="Early boom"):
+        with pytest.raises(CorrectionFailedError) as caught:
             aligner.correct_batch([("Q", "Early boom."), ("Q", "Later boom."), ("Q", "One more boom.")])
+        assert "Early boom" in str(caught.value.__cause__)
     # Texts of a question are corrected one after the other, so the third pair fails before the second.
     for workers in (1, 2):
-        with pytest.raises(CorrectionFailedError, match="Second boom"):
+        with pytest.raises(CorrectionFailedError) as caught:
             scripted(failing, workers=workers).correct_batch(
                 [("Q", "Fine."), ("R", "Second boom."), ("Q", "Third boom.")]
             )
+        assert "Second boom" in str(caught.value.__cause__)
 
 
 def test_nothing_runs_after_a_failure() -> None:

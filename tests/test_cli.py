@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from aligner_integrations import Aligner, Edit
+from aligner_integrations.aligner import BUNDLED_MODEL
 from aligner_integrations.cli import main, marked
 from tests.checkpoints import plain_onnx
+from tests.hub import COMMIT, serve
 
 QUESTION = "A farmer has 56 cows and sells 14. How many are left?"
 ANSWER = "The farmer now has 56-14 = 420 cows.  He is content."
@@ -57,9 +61,43 @@ def test_correct_json_holds_the_whole_correction(
     assert set(record) >= {"question", "answer", "proposed", "edits", "findings"}
 
 
+def test_bytes_that_are_no_text_come_out_as_they_went_in() -> None:
+    """Arguments that are not UTF-8, and a stream on standard input that is not."""
+    start = [sys.executable, "-m", "aligner_integrations.cli"]
+    odd = b"Caf\xe9 \xff opens. So it does."
+
+    def run(*arguments: str | bytes) -> bytes:
+        given: list[str | bytes] = [*start, *arguments]
+        return subprocess.run(given, input=odd, capture_output=True, check=True, timeout=120).stdout
+
+    assert run("correct", "-q", "Q", "-a", odd) == odd + b"\n"
+    assert run("stream", "-q", "Q") == odd
+    record = json.loads(run("correct", "-q", "Q", "-a", odd, "--json"))
+    assert os.fsencode(record["text"]) == odd
+
+
 def test_edit_margin_keeps_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["correct", "-q", QUESTION, "-a", ANSWER, "--edit-margin", SURE]) == 0
     assert capsys.readouterr().out == ANSWER + "\n"
+
+
+@pytest.mark.parametrize("command", ["correct", "stream"])
+def test_safeguards_can_be_turned_off(
+    command: str,
+    aligner: Aligner,
+    feed: Callable[[bytes], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = "hell yea i just left the fuckin mall rt herm u know dem griffeys only came out in kids"
+    free = aligner.with_options(safeguards="off").correct("", text).text
+    assert free != aligner.correct("", text).text  # what the bundled model writes here is not fit to be shown
+    if command == "stream":
+        feed(text.encode())
+    given = ["-a", text] if command == "correct" else []
+    assert main([command, "-q", "", *given, "--safeguards", "off"]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == free
+    assert main([command, "-q", "", *given, "--safeguards", "on"]) == 2
+    assert "'on'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -81,14 +119,6 @@ def test_stream_equals_correct(
     assert capsys.readouterr().out == aligner.correct(QUESTION, ANSWER).text
 
 
-def test_stream_replaces_bytes_that_are_not_text(
-    feed: Callable[[bytes], None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    feed(b"It is \xff fine.")
-    assert main(["stream", "-q", QUESTION, "--edit-margin", SURE]) == 0
-    assert capsys.readouterr().out == "It is \ufffd fine."
-
-
 def test_stream_sends_a_sentence_before_the_input_ends() -> None:
     command = [sys.executable, "-m", "aligner_integrations.cli", "stream", "-q", "Hm?", "--edit-margin", SURE]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -101,6 +131,21 @@ def test_stream_sends_a_sentence_before_the_input_ends() -> None:
         process.stdin.close()
         assert process.stdout.read().endswith(b"The second too.")
     assert process.returncode == 0
+
+
+def test_a_deadline_and_what_to_do_then(
+    feed: Callable[[bytes], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    late = ["--answer-seconds", "0.000001"]
+    assert main(["correct", "-q", QUESTION, "-a", ANSWER, *late]) == 1
+    assert "answer_seconds" in capsys.readouterr().err
+    assert main(["correct", "-q", QUESTION, "-a", ANSWER, "--on-error", "pass_through", *late]) == 0
+    assert capsys.readouterr().out == ANSWER + "\n"
+    feed(ANSWER.encode())
+    assert main(["stream", "-q", QUESTION, "--on-error", "withhold", *late]) == 0
+    assert "could not be checked" in capsys.readouterr().out
+    assert main(["correct", "-q", QUESTION, "-a", ANSWER, "--on-error", "shrug"]) == 1
+    assert "on_error must be one of" in capsys.readouterr().err
 
 
 def test_terminal_shows_what_changed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +196,57 @@ def test_doctor_tells_what_it_found_when_the_model_ails(
     printed = capsys.readouterr()
     assert "versions\tnumpy\t" in printed.out
     assert printed.err.startswith("aligner: ") and printed.err.count("\n") == 1
+
+
+def test_doctor_verifies_the_bundled_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--verify"]) == 0
+    assert "files\tmodel.onnx\tas listed" in capsys.readouterr().out.splitlines()
+    copied = tmp_path / "tiny"
+    shutil.copytree(BUNDLED_MODEL, copied)
+    verify = ["doctor", "--verify", "--model", str(copied), "--json"]
+    assert main(verify) == 0
+    weights = bytearray((copied / "model.onnx").read_bytes())
+    weights[len(weights) // 2] ^= 1  # one bit
+    (copied / "model.onnx").write_bytes(weights)
+    (copied / "tokenizer.json").unlink()
+    (copied / "extra.bin").write_bytes(b"")
+    capsys.readouterr()
+    assert main(verify) == 1
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)["files"]
+    states = {"model.onnx": "changed", "tokenizer.json": "missing", "extra.bin": "not listed"}
+    assert found == {"README.md": "as listed", "aligner.json": "as listed", **states}
+    assert "is not as released: extra.bin is not listed, model.onnx is changed" in printed.err
+    (copied / "SHA256SUMS").write_text("no list", encoding="utf-8")
+    assert main(verify) == 1
+    assert "SHA256SUMS cannot be read" in capsys.readouterr().err
+    assert main([*verify[:3], str(tmp_path)]) == 1
+    assert "has no SHA256SUMS" in capsys.readouterr().err
+
+
+def test_the_command_takes_the_revision_it_is_told() -> None:
+    files = {path.name: path.read_bytes() for path in BUNDLED_MODEL.iterdir()}
+    with serve({"me/mine": files}) as (address, fetched), tempfile.TemporaryDirectory() as home:
+        hub = {"HF_ENDPOINT": address, "HF_HOME": home, "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
+        hub |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+
+        def run(revision: str) -> subprocess.CompletedProcess[str]:
+            given = ["correct", "-q", QUESTION, "-a", "Fine.", "--model", "me/mine", "--revision", revision]
+            return subprocess.run(
+                [sys.executable, "-m", "aligner_integrations.cli", *given],
+                env={**os.environ, **hub},
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+
+        refused = run("v9")
+        assert refused.returncode == 1
+        assert "me/mine at revision v9: there is no such revision" in refused.stderr
+        assert fetched == []
+        pinned = run(COMMIT)
+        assert pinned.stdout == "Fine.\n", pinned.stderr
+        assert "me/mine/model.onnx" in fetched
 
 
 def test_what_bench_cannot_measure_together_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

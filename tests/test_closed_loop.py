@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import re
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import pytest
@@ -485,6 +487,29 @@ def test_what_upstream_repeats_is_removed() -> None:
     assert "".join(texts) == "Fine. It is good. Smile. All is good. Sing."
 
 
+def test_t8_a_late_correction_does_not_interrupt(no_thread_is_left: None) -> None:
+    rule = partial(_slow_where, "bad")
+    loop = ClosedLoop(
+        Talking(lambda prefix: "Fine. It is bad. Weep."),
+        scripted_aligner(rule),
+        on_error="pass_through",
+        sentence_seconds=0.3,
+    )
+    segments = list(stream := loop.stream(QUESTION))
+    assert "".join(segment.text for segment in segments) == "Fine. It is bad. Weep."
+    assert [[finding.check for finding in segment.findings] for segment in segments] == [[], ["deadline"], []]
+    assert stream.stats.restarts == 0
+    for thread in threading.enumerate():
+        if thread.name == "aligner-correction":  # ends with what its rule sleeps
+            thread.join()
+
+
+def _slow_where(word: str, question: str, prefix: str, sentence: str) -> str:
+    if word in sentence:
+        time.sleep(2.0)
+    return sentence.replace("bad", "good")
+
+
 def test_any_iterable_is_an_upstream() -> None:
     loop = ClosedLoop(
         lambda question, prefix: [" Fine."] if prefix else [question, " Weep."], scripted_aligner(mending)
@@ -500,6 +525,7 @@ def test_any_iterable_is_an_upstream() -> None:
         ({"max_restarts": -1}, ValueError, "max_restarts"),
         ({"read_ahead": -1}, ValueError, "read_ahead"),
         ({"on_error": "ignore"}, ValueError, "on_error"),
+        ({"sentence_seconds": 0}, ValueError, "sentence_seconds"),
         ({"feedback": 3}, TypeError, "feedback"),
     ],
 )

@@ -56,7 +56,7 @@ limits = st.sampled_from([1, 2, 3, 7, 20, 60, 2000])
 @example("Dr. ", 2000)
 @example("\r\n" * 5, 1)
 @example("    a\r \u2028    ```b", 5)  # an indentation longer than a piece may be
-def test_joining_the_pieces_gives_the_text_back(text: str, limit: int) -> None:
+def test_t2_joining_the_pieces_gives_the_text_back(text: str, limit: int) -> None:
     pieces = cut([text], max_chars=limit)
     assert "".join(pieces) == text
     assert all(0 < len(piece) <= limit * (1 if piece.kind == "prose" else 16) for piece in pieces)
@@ -65,7 +65,7 @@ def test_joining_the_pieces_gives_the_text_back(text: str, limit: int) -> None:
 @given(texts, st.data(), limits)
 @example("| a | b |! “؟|3.14है।~~~Word1. # 」:~~~ Thena. ):)a. > *- ", None, 50)  # and of a cell
 @example("- ”！U.S.\ud83d1. ```\x00\r\n\x85」\netc.\ude00'", None, 20)  # markers of a line already handed out
-def test_chunks_do_not_matter(text: str, data: st.DataObject | None, limit: int) -> None:
+def test_t3_chunks_do_not_matter(text: str, data: st.DataObject | None, limit: int) -> None:
     whole = with_kinds(cut([text], max_chars=limit))
     assert with_kinds(cut(text, max_chars=limit)) == whole
     if data is not None:
@@ -76,7 +76,7 @@ def test_chunks_do_not_matter(text: str, data: st.DataObject | None, limit: int)
 
 
 @given(texts, limits)
-def test_what_is_held_back_is_bounded(text: str, limit: int) -> None:
+def test_t16_what_is_held_back_is_bounded(text: str, limit: int) -> None:
     buffer, out = SentenceBuffer(max_chars=limit), 0
     bound = limit * (1 if {piece.kind for piece in cut([text], max_chars=limit)} <= {"prose"} else 16)
     for count, char in enumerate(text, 1):
@@ -241,7 +241,7 @@ def test_a_forced_cut_keeps_characters_whole(unit: str) -> None:
 
 
 @pytest.mark.parametrize("line", PROSE)
-def test_a_sentence_leaves_before_the_next_word_has_ended(line: str) -> None:
+def test_t5_a_sentence_leaves_before_the_next_word_has_ended(line: str) -> None:
     text = line.replace("¦", "")
     late: list[str] = []
     buffer, end = SentenceBuffer(), 0

@@ -61,7 +61,7 @@ def work_of(text: str) -> int:
 
 
 @pytest.mark.parametrize("unit", HARD.values(), ids=HARD.keys())
-def test_twice_the_text_is_twice_the_work(unit: str) -> None:
+def test_t16_twice_the_text_is_twice_the_work(unit: str) -> None:
     text = unit * (600 // len(unit))
     once, twice = work_of(text), work_of(text * 2)
     assert twice <= 2.2 * once
@@ -85,7 +85,7 @@ def test_the_segmenter_reads_no_more_than_a_multiple_of_the_text(
     assert max(read, default=0) <= 80
 
 
-def test_a_megabyte_without_a_terminator_is_held_back_by_one_piece_at_most() -> None:
+def test_t16_a_megabyte_without_a_terminator_is_held_back_by_one_piece_at_most() -> None:
     assert {len(piece) for piece in cut(["a" * 1_000_000])} == {2000}
     buffer, out = SentenceBuffer(), 0
     for count in range(1, 100_001):

@@ -69,12 +69,13 @@ def test_a_rule_that_raises_or_returns_no_text_is_a_failing_correction(granulari
     def rule(question: str, prefix: str, sentence: str) -> str:
         raise ZeroDivisionError("no luck")
 
-    with pytest.raises(CorrectionFailedError, match="ZeroDivisionError: no luck") as caught:
+    with pytest.raises(CorrectionFailedError, match="ZeroDivisionError;") as caught:
         scripted_aligner(rule, granularity=granularity).correct("Q", ANSWER)  # type: ignore[arg-type]
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert repr(caught.value.__cause__) == "ZeroDivisionError('no luck')"
     wrong = scripted_aligner(lambda *fields: 3, granularity=granularity)  # type: ignore[arg-type]
-    with pytest.raises(CorrectionFailedError, match="must return a str, got int"):
+    with pytest.raises(CorrectionFailedError, match="TypeError;") as caught:
         wrong.correct("Q", ANSWER)
+    assert "must return a str, got int" in str(caught.value.__cause__)
 
 
 def test_a_rule_may_write_anything_unless_safeguards_are_on() -> None:

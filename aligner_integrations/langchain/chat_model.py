@@ -64,6 +64,8 @@ class AlignedChatModel(BaseChatModel):
         on_error: What a failed correction does: `"raise"`, `"pass_through"` (the original is shown) or
             `"withhold"` (`withheld_text` is shown in its place).
         withheld_text: Stands for a sentence that was withheld.
+        sentence_seconds: A correction that takes longer is dropped and has failed; None: no limit.
+        answer_seconds: So long the corrections of one answer may take in all; None: no limit.
         feedback: Tells the aligner what to look for.
         edit_margin: Overrides the model's own margin, in logits.
         thoughts: Whether text beside tool calls is corrected too. Without it, the sentence that a tool call
@@ -83,6 +85,8 @@ class AlignedChatModel(BaseChatModel):
     max_restarts: int = Field(default=MAX_RESTARTS, ge=0)
     on_error: OnError = "raise"
     withheld_text: str = WITHHELD_TEXT
+    sentence_seconds: float | None = Field(default=None, gt=0.0)
+    answer_seconds: float | None = Field(default=None, gt=0.0)
     feedback: str = ""
     edit_margin: float | None = Field(default=None, ge=0.0)
     thoughts: bool = True
@@ -130,21 +134,13 @@ class AlignedChatModel(BaseChatModel):
     def _identifying_params(self) -> dict[str, Any]:
         """What tells answers apart in a cache: the wrapped model, the aligner, and how it corrects."""
         aligner = self.aligner or load_bundled()
-        own = (
-            "loop",
-            "continuation",
-            "max_restarts",
-            "on_error",
-            "withheld_text",
-            "feedback",
-            "edit_margin",
-            "thoughts",
-        )
+        own = ["loop", "continuation", "max_restarts", "feedback", "edit_margin", "thoughts"]
+        own += CorrectionOptions.of(self).errors()
         return {
             "model": {"type": self.model._llm_type, **self.model._identifying_params},
             "aligner": {
                 "source": aligner.source,
-                "safeguards": aligner.safeguards,
+                "safeguards": aligner.safeguard_policy.to_dict(),
                 **asdict(aligner.config),
                 **asdict(aligner.decode_config),
             },

@@ -77,6 +77,8 @@ class AlignedLLM(StoresOptions, FunctionCallingLLM):
         on_error: What a failed correction does: `"raise"`, `"pass_through"` (the original is shown) or
             `"withhold"` (`withheld_text` is shown in its place).
         withheld_text: Stands for a sentence that was withheld.
+        sentence_seconds: A correction that takes longer is dropped and has failed; None: no limit.
+        answer_seconds: So long the corrections of one answer may take in all; None: no limit.
         feedback: Tells the aligner what to look for.
         edit_margin: Overrides the model's own margin, in logits.
         thoughts: Whether text beside tool calls is corrected too, and what a ReAct agent thinks. Without it,
@@ -94,6 +96,8 @@ class AlignedLLM(StoresOptions, FunctionCallingLLM):
     max_restarts: int = Field(default=MAX_RESTARTS, ge=0)
     on_error: OnError = "raise"
     withheld_text: str = WITHHELD_TEXT
+    sentence_seconds: float | None = Field(default=None, gt=0.0)
+    answer_seconds: float | None = Field(default=None, gt=0.0)
     feedback: str = ""
     edit_margin: float | None = Field(default=None, ge=0.0)
     thoughts: bool = True
@@ -109,6 +113,8 @@ class AlignedLLM(StoresOptions, FunctionCallingLLM):
         max_restarts: int = MAX_RESTARTS,
         on_error: OnError = "raise",
         withheld_text: str = WITHHELD_TEXT,
+        sentence_seconds: float | None = None,
+        answer_seconds: float | None = None,
         feedback: str = "",
         edit_margin: float | None = None,
         thoughts: bool = True,
@@ -129,6 +135,8 @@ class AlignedLLM(StoresOptions, FunctionCallingLLM):
             max_restarts=max_restarts,
             on_error=on_error,
             withheld_text=withheld_text,
+            sentence_seconds=sentence_seconds,
+            answer_seconds=answer_seconds,
             feedback=feedback,
             edit_margin=edit_margin,
             thoughts=thoughts,

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from aligner_integrations.aligner import Aligner
+from aligner_integrations.checksums import write_sums
 from aligner_integrations.config import AlignerConfig
 from aligner_integrations.evaluation.figures import Report, evaluate
 from aligner_integrations.export import export_checkpoint, write_config
@@ -32,4 +33,5 @@ def finish(checkpoint: Path, folder: Path, *, data: Path, rows_a_task: int = 600
     report = evaluate(Aligner.from_pretrained(folder), data, rows_a_task=rows_a_task)
     config = AlignerConfig.load(folder)
     write_config(replace(config, edit_margin=report.best_margin()), folder)
+    write_sums(folder)
     return report

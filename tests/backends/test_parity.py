@@ -58,7 +58,7 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_same_ids_in_200_cases(architecture: str) -> None:
+def test_t21_the_same_ids_in_200_cases(architecture: str) -> None:
     in_onnx = OnnxBackend.load(plain_onnx(architecture), provider="cpu", threads=1)
     in_torch = TorchBackend.load(checkpoint(architecture), device="cpu")
     random = Random(SEEDS[architecture])

@@ -69,7 +69,7 @@ NO_OPTION = (
 )
 
 
-def test_auto_tries_the_best_first_and_only_what_is_listed() -> None:
+def test_t20_auto_tries_the_best_first_and_only_what_is_listed() -> None:
     assert choose_providers("auto", EVERYTHING) == ["tensorrt", "cuda", "cpu"]
     assert choose_providers("auto", CPU_ONLY) == ["cpu"]
 
@@ -221,7 +221,7 @@ def test_honest_provider_whether_or_not_what_is_listed_loads(
     assert OnnxBackend.load(folder, provider="cpu").provider == "CPUExecutionProvider"
 
 
-def test_what_is_reported_is_what_the_session_runs_on() -> None:
+def test_t20_what_is_reported_is_what_the_session_runs_on() -> None:
     for asked in ("auto", "cpu"):
         backend = OnnxBackend.load(onnx_model(0), provider=asked)
         session = onnxruntime.InferenceSession(onnx_model(0) / "model.onnx", providers=[backend.provider])

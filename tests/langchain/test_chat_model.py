@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
+import json
 import operator
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -30,6 +31,7 @@ from pydantic import Field
 from aligner_integrations import Aligner
 from aligner_integrations.errors import CorrectionFailedError
 from aligner_integrations.langchain import AlignedChatModel, AlignerRunnable
+from aligner_integrations.policy import Safeguards
 from aligner_integrations.testing import scripted_aligner
 from tests.langchain.local_model import ANSWER, MENDED, LocalModel
 
@@ -107,7 +109,7 @@ def test_the_first_sentence_leaves_before_the_model_is_done() -> None:
     assert "".join(said) == "Two and two make four. 2 "
 
 
-def test_no_callback_and_no_tracer_hears_the_raw_text() -> None:
+def test_t4_t19_no_callback_and_no_tracer_hears_the_raw_text() -> None:
     for call in ("invoke", "stream"):
         listener, tracer = Listener(), Tracer()
         result = getattr(aligned(), call)("2 + 2?", {"callbacks": [listener, tracer]})
@@ -168,7 +170,7 @@ async def test_events_of_a_graph_are_corrected() -> None:
     assert RAW not in repr(events) and MENDED in repr(events)
 
 
-def test_usage_ids_and_metadata_are_the_models_once() -> None:
+def test_t18_usage_ids_and_metadata_are_the_models_once() -> None:
     usage = {"input_tokens": 11, "output_tokens": 7, "total_tokens": 18}
     whole: Any = None
     for chunk in aligned().stream("2 + 2?"):
@@ -210,7 +212,7 @@ def add(left: int, right: int) -> int:
     return left + right
 
 
-def test_tool_calls_are_kept_and_the_text_beside_them_is_corrected() -> None:
+def test_t17_tool_calls_are_kept_and_the_text_beside_them_is_corrected() -> None:
     bound = aligned().bind_tools([add])
     whole: Any = None
     for chunk in bound.stream("Add 2 and 2."):
@@ -222,7 +224,7 @@ def test_tool_calls_are_kept_and_the_text_beside_them_is_corrected() -> None:
         assert message.text == "I look it up: 2 + 2 = 4. "
 
 
-def test_blocks_that_are_not_text_pass_in_order() -> None:
+def test_t17_blocks_that_are_not_text_pass_in_order() -> None:
     blocks = [
         {"type": "reasoning", "reasoning": "2 + 2 = 5?", "index": 0},
         {"type": "text", "text": "2 + 2 = 5.", "index": 1},
@@ -557,3 +559,14 @@ def test_the_question_is_a_human_message_with_words() -> None:
 def test_a_deep_copy_shares_the_loaded_model() -> None:
     bundled = Aligner.from_pretrained()
     assert copy.deepcopy(AlignedChatModel(model=LocalModel(), aligner=bundled)).aligner is bundled
+
+
+def test_safeguards_tell_cached_answers_apart() -> None:
+    model = FakeListChatModel(responses=["one"])
+    chosen: tuple[Safeguards, ...] = ("keep_original", "off", {"length": "off"}, {"numbers": "accept"})
+    keys = set()
+    for safeguards in chosen:
+        aligner = scripted_aligner(lambda *fields: "", safeguards=safeguards)
+        aligned = AlignedChatModel(model=model, aligner=aligner)
+        keys.add(json.dumps(aligned._identifying_params["aligner"]["safeguards"], sort_keys=True))
+    assert len(keys) == len(chosen)

@@ -38,11 +38,11 @@ class _AroundLocal:
         return True
 
 
-class TestUnitAroundLocal(_AroundLocal, ChatModelUnitTests):
+class TestT23UnitAroundLocal(_AroundLocal, ChatModelUnitTests):
     pass
 
 
-class TestIntegrationAroundLocal(_AroundLocal, ChatModelIntegrationTests):
+class TestT23IntegrationAroundLocal(_AroundLocal, ChatModelIntegrationTests):
     pass
 
 
@@ -54,11 +54,11 @@ class _ClosedAroundLocal(_AroundLocal):
         return {**super().chat_model_params, "loop": "closed"}
 
 
-class TestUnitClosedAroundLocal(_ClosedAroundLocal, ChatModelUnitTests):
+class TestT23UnitClosedAroundLocal(_ClosedAroundLocal, ChatModelUnitTests):
     pass
 
 
-class TestIntegrationClosedAroundLocal(_ClosedAroundLocal, ChatModelIntegrationTests):
+class TestT23IntegrationClosedAroundLocal(_ClosedAroundLocal, ChatModelIntegrationTests):
     pass
 
 
@@ -84,11 +84,11 @@ class _AroundFake:
         return False
 
 
-class TestUnitAroundFake(_AroundFake, ChatModelUnitTests):
+class TestT23UnitAroundFake(_AroundFake, ChatModelUnitTests):
     pass
 
 
-class TestIntegrationAroundFake(_AroundFake, ChatModelIntegrationTests):
+class TestT23IntegrationAroundFake(_AroundFake, ChatModelIntegrationTests):
     pass
 
 
@@ -101,11 +101,11 @@ class _AroundGeneric(_AroundFake):
         return {"model": GenericFakeChatModel(messages=answers), "aligner": ALIGNER}
 
 
-class TestUnitAroundGeneric(_AroundGeneric, ChatModelUnitTests):
+class TestT23UnitAroundGeneric(_AroundGeneric, ChatModelUnitTests):
     pass
 
 
-class TestIntegrationAroundGeneric(_AroundGeneric, ChatModelIntegrationTests):
+class TestT23IntegrationAroundGeneric(_AroundGeneric, ChatModelIntegrationTests):
     pass
 
 
@@ -115,9 +115,9 @@ class _ClosedAroundGeneric(_AroundGeneric):
         return {**super().chat_model_params, "loop": "closed"}
 
 
-class TestUnitClosedAroundGeneric(_ClosedAroundGeneric, ChatModelUnitTests):
+class TestT23UnitClosedAroundGeneric(_ClosedAroundGeneric, ChatModelUnitTests):
     pass
 
 
-class TestIntegrationClosedAroundGeneric(_ClosedAroundGeneric, ChatModelIntegrationTests):
+class TestT23IntegrationClosedAroundGeneric(_ClosedAroundGeneric, ChatModelIntegrationTests):
     pass

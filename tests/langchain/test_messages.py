@@ -52,7 +52,7 @@ def block(kind: str, index: int, **rest: Any) -> AIMessageChunk:
     return AIMessageChunk(content=[{"type": kind, "index": index, **rest}], id="m1")
 
 
-def test_whole_message_keeps_everything_but_its_text() -> None:
+def test_t17_whole_message_keeps_everything_but_its_text() -> None:
     message = AIMessage(
         "bears are mammals. they eat.",
         id="m1",
@@ -68,7 +68,7 @@ def test_whole_message_keeps_everything_but_its_text() -> None:
     assert message == before
 
 
-def test_blocks_that_are_not_text_pass_in_their_places() -> None:
+def test_t17_blocks_that_are_not_text_pass_in_their_places() -> None:
     content: list[Any] = [
         {"type": "reasoning", "reasoning": "bears?"},
         {"type": "text", "text": "look at this.", "annotations": [{"type": "citation", "url": "u"}]},
@@ -124,7 +124,7 @@ def test_a_long_chunk_gives_its_usage_once() -> None:
 
 
 @pytest.mark.parametrize("last", [None, "last"])
-def test_usage_is_counted_once(last: Any) -> None:
+def test_t18_usage_is_counted_once(last: Any) -> None:
     start = text("", usage_metadata={"input_tokens": 3, "output_tokens": 0, "total_tokens": 3})
     end = text("", usage_metadata=USAGE, response_metadata={"finish_reason": "stop"}, chunk_position=last)
     chunks = [start, *map(text, ["one bear. ", "Two bears. ", "Three."]), end]

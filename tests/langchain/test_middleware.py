@@ -134,7 +134,7 @@ def test_the_answer_still_streams() -> None:
 
 
 @pytest.mark.parametrize("thoughts", [False, True])
-def test_tool_calls_are_never_changed(thoughts: bool) -> None:
+def test_t17_tool_calls_are_never_changed(thoughts: bool) -> None:
     class Sums(LocalModel):
         before_tools: str = "One. 2 + 2 = 5. So I ask: 2 + 2 = 5. "
 
@@ -205,7 +205,7 @@ def test_the_receipt_says_what_was_done() -> None:
     assert answers[-1].response_metadata["aligner"]["changed"] == 1
 
 
-def test_usage_is_the_models_once() -> None:
+def test_t18_usage_is_the_models_once() -> None:
     for state in (agent().invoke(ASKED), list(agent().stream(ASKED, stream_mode="values"))[-1]):
         usage = [message.usage_metadata for message in state["messages"] if message.type == "ai"]
         assert usage == [{"input_tokens": 11, "output_tokens": 7, "total_tokens": 18}] * 2

@@ -139,7 +139,7 @@ def openings() -> list[str]:
     return [answer[:OPENING] for _, answer in rows()]
 
 
-def test_a_thousand_chunkings_through_the_model() -> None:
+def test_t1_t3_a_thousand_chunkings_through_the_model() -> None:
     replay, dice = Replay(), random.Random(1)
     aligned = AlignedChatModel(model=replay, aligner=ALIGNER)
     cases, differences, counts = 0, list[tuple[str, list[str], str]](), set[int]()
@@ -163,7 +163,7 @@ def test_a_thousand_chunkings_through_the_model() -> None:
     assert 1 in counts and OPENING in counts
 
 
-def test_ten_thousand_chunkings_through_a_graph() -> None:
+def test_t1_t3_ten_thousand_chunkings_through_a_graph() -> None:
     """What is streamed, the state, and what the checkpointer keeps for the next turn are one text."""
     replay, dice = Replay(), random.Random(2)
     aligned = AlignedChatModel(model=replay, aligner=ALIGNER)
@@ -191,7 +191,7 @@ def test_ten_thousand_chunkings_through_a_graph() -> None:
 
 
 @pytest.mark.parametrize("kind", ["text", "messages"])
-def test_a_thousand_chunkings_through_the_runnable(kind: str) -> None:
+def test_t1_t3_a_thousand_chunkings_through_the_runnable(kind: str) -> None:
     dice, aligner = random.Random(3), AlignerRunnable(ALIGNER)
     cases, differences = 0, list[tuple[str, list[str], str]]()
     for text in openings():
@@ -304,7 +304,7 @@ def check_canaries(kind: str, streams: list[list[Any]]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["runnable", "model", "graph"])
-def test_two_hundred_threads_on_one_object_do_not_cross(kind: str) -> None:
+def test_t13_two_hundred_threads_on_one_object_do_not_cross(kind: str) -> None:
     together = threading.Barrier(STREAMS)
     script = {question_of(number): answer_of(number) for number in range(STREAMS)}
 
@@ -323,7 +323,7 @@ def test_two_hundred_threads_on_one_object_do_not_cross(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["runnable", "model", "graph"])
-async def test_two_hundred_tasks_on_one_object_do_not_cross(kind: str) -> None:
+async def test_t13_two_hundred_tasks_on_one_object_do_not_cross(kind: str) -> None:
     together = asyncio.Barrier(STREAMS)
     script = {question_of(number): answer_of(number) for number in range(STREAMS)}
 
@@ -417,7 +417,7 @@ ENDS = range(len(SENTENCES) + 4)  # of outputs: none, each, and more than there 
 
 @pytest.mark.parametrize("way", ["break", "close", "error"])
 @pytest.mark.parametrize("kind", ["runnable", "model"])
-def test_a_sync_stream_ends_after_any_output(kind: str, way: str) -> None:
+def test_t11_a_sync_stream_ends_after_any_output(kind: str, way: str) -> None:
     replay, runnable = made(kind)
     before, sent = threading.active_count(), 0
 
@@ -446,7 +446,7 @@ def test_a_sync_stream_ends_after_any_output(kind: str, way: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["runnable", "model", "graph"])
-async def test_an_async_stream_is_closed_after_any_output(kind: str) -> None:
+async def test_t11_an_async_stream_is_closed_after_any_output(kind: str) -> None:
     before = with_few_workers()
     replay, runnable = made(kind)
     for outputs in ENDS:
@@ -464,7 +464,7 @@ async def test_an_async_stream_is_closed_after_any_output(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["runnable", "model", "graph"])
-async def test_a_failing_reader_of_an_async_stream_leaves_nothing(kind: str) -> None:
+async def test_t11_a_failing_reader_of_an_async_stream_leaves_nothing(kind: str) -> None:
     before = with_few_workers()
     replay, runnable = made(kind)
 
@@ -486,7 +486,7 @@ async def test_a_failing_reader_of_an_async_stream_leaves_nothing(kind: str) -> 
 
 
 @pytest.mark.parametrize("kind", ["runnable", "model", "graph"])
-async def test_a_task_is_cancelled_while_it_waits_for_any_chunk(kind: str) -> None:
+async def test_t11_a_task_is_cancelled_while_it_waits_for_any_chunk(kind: str) -> None:
     before = with_few_workers()
     waiting, stop_at = asyncio.Event(), -1
 
@@ -511,7 +511,7 @@ async def test_a_task_is_cancelled_while_it_waits_for_any_chunk(kind: str) -> No
 
 
 @pytest.mark.parametrize("kind", ["runnable", "model", "graph"])
-async def test_a_task_is_cancelled_while_any_sentence_is_corrected(kind: str) -> None:
+async def test_t11_a_task_is_cancelled_while_any_sentence_is_corrected(kind: str) -> None:
     before = with_few_workers()
     busy, go_on, slow_at = threading.Event(), threading.Event(), ""
 
@@ -568,7 +568,7 @@ def calls_in(run: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("form", ["stream", "astream"])
 @pytest.mark.parametrize("kind", ["text", "runnable", "model"])
-def test_twice_the_chunks_are_at_most_twice_the_calls(kind: str, form: str) -> None:
+def test_t7_twice_the_chunks_are_at_most_twice_the_calls(kind: str, form: str) -> None:
     copying = scripted_aligner(lambda question, prefix, sentence: sentence)
 
     def calls(chunks: list[str]) -> int:

@@ -368,7 +368,7 @@ async def test_its_span_lies_in_the_span_of_who_corrects(drive: Drive, surface: 
 @each_surface
 async def test_a_failure_drops_the_span(drive: Drive, surface: str, parent: str) -> None:
     with hearing() as heard:
-        with pytest.raises(CorrectionFailedError, match="no memory left"):
+        with pytest.raises(CorrectionFailedError, match="RuntimeError"):
             await drive(failing())
         await asyncio.sleep(0)
     check_pairs(heard, surface, complete=False, ended="drop")

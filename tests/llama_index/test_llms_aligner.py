@@ -309,7 +309,7 @@ def take_one(stream: Any) -> None:
 
 @pytest.mark.parametrize("way", ["close", "drop", "fail", "never read"])
 @pytest.mark.parametrize("form", [form for form in STREAMS if not form.startswith("a")])
-def test_an_early_end_closes_the_wrapped_llm(form: str, way: str) -> None:
+def test_t11_an_early_end_closes_the_wrapped_llm(form: str, way: str) -> None:
     upstream = replaying(chunk_size=1)
     stream = begin(AlignedLLM(upstream, mending()), form)
     if way != "never read":
@@ -326,7 +326,7 @@ def test_an_early_end_closes_the_wrapped_llm(form: str, way: str) -> None:
 
 @pytest.mark.parametrize("way", ["aclose", "drop", "cancel", "cancel while correcting", "never read"])
 @pytest.mark.parametrize("form", [form for form in STREAMS if form.startswith("a")])
-async def test_an_early_end_closes_the_wrapped_async_llm(form: str, way: str) -> None:
+async def test_t11_an_early_end_closes_the_wrapped_async_llm(form: str, way: str) -> None:
     begun, may_end = threading.Event(), threading.Event()
 
     def rule(question: str, prefix: str, sentence: str) -> str:
@@ -1235,14 +1235,14 @@ def crowd_answers() -> list[str]:
     return [f"I know {canary}. Asked by {canary}. So says {canary}." for canary in CROWD]
 
 
-def test_threads_do_not_cross() -> None:
+def test_t13_threads_do_not_cross() -> None:
     llm = crowded()
     with ThreadPoolExecutor(16) as threads:
         asked = threads.map(lambda canary, form: asyncio.run(shown(llm, form, canary)), CROWD, CROWD_FORMS)
         assert list(asked) == crowd_answers()
 
 
-async def test_tasks_do_not_cross() -> None:
+async def test_t13_tasks_do_not_cross() -> None:
     llm = crowded()
     forms = [form for form in FORMS if form.startswith("a")]
     asked = [shown(llm, forms[at % len(forms)], canary) for at, canary in enumerate(CROWD)]

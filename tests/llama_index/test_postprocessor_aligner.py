@@ -443,9 +443,9 @@ async def test_a_failing_node_spoils_no_other(options: dict[str, Any], shown: tu
 async def test_a_failing_node_raises_by_default() -> None:
     nodes = mixed_nodes()
     before = copy.deepcopy(nodes)
-    with pytest.raises(CorrectionFailedError, match="no memory left"):
+    with pytest.raises(CorrectionFailedError, match="RuntimeError"):
         failing().postprocess_nodes(nodes, query_str=QUESTION)
-    with pytest.raises(CorrectionFailedError, match="no memory left"):
+    with pytest.raises(CorrectionFailedError, match="RuntimeError"):
         await failing().apostprocess_nodes(nodes, query_str=QUESTION)
     assert nodes == before
 
@@ -516,6 +516,8 @@ def test_an_option_set_later_is_checked_when_it_is_used() -> None:
 OPTIONS: dict[str, Any] = {
     "on_error": "withhold",
     "withheld_text": "[gone]",
+    "sentence_seconds": 60.0,
+    "answer_seconds": 300.0,
     "feedback": "be kind",
     "edit_margin": 1.5,
 }

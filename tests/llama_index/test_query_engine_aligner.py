@@ -254,7 +254,7 @@ async def test_streams_print_corrected(capsys: pytest.CaptureFixture[str]) -> No
     assert str(aresponse) == CORRECTED
 
 
-def test_closing_a_stream_closes_the_llms() -> None:
+def test_t11_closing_a_stream_closes_the_llms() -> None:
     llm = replaying()
     response = streamed(AlignerQueryEngine(rag(llm), mending()))
     assert next(response.response_gen) == FIRST
@@ -278,7 +278,7 @@ def test_dropping_a_stream_closes_the_llms() -> None:
     assert llm.open_streams == 0
 
 
-def test_a_failing_reader_closes_the_llms_stream() -> None:
+def test_t11_a_failing_reader_closes_the_llms_stream() -> None:
     llm = replaying()
     engine = AlignerQueryEngine(rag(llm), mending())
     with pytest.raises(KeyError, match="reader"):
@@ -323,7 +323,7 @@ async def test_a_failing_reader_closes_the_llms_async_stream() -> None:
 
 
 @pytest.mark.parametrize("kind", ["Response", "AsyncStreamingResponse"])
-async def test_cancelling_leaves_nothing_running(kind: str) -> None:
+async def test_t11_cancelling_leaves_nothing_running(kind: str) -> None:
     """Also in the middle of a correction, which runs in a thread."""
     begun = threading.Event()
     go_on = threading.Event()
@@ -373,7 +373,7 @@ async def test_a_failing_aligner_does_as_it_was_told(kind: str, form: Form) -> N
     if kind == "PydanticResponse":  # nothing of it is corrected
         assert [token async for token in answer("raise")] == [Advice(text=f"{FIRST}{BAD}").model_dump_json()]
         return
-    with pytest.raises(CorrectionFailedError, match="no memory left"):
+    with pytest.raises(CorrectionFailedError, match="RuntimeError"):
         async for token in answer("raise"):
             shown.append(token)
     assert shown == ([] if kind == "Response" else [FIRST])

@@ -48,7 +48,7 @@ def aligned(*, streaming: bool) -> AlignerQueryEngine:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_threads_do_not_cross(streaming: bool) -> None:
+def test_t13_threads_do_not_cross(streaming: bool) -> None:
     engine = aligned(streaming=streaming)
     with ThreadPoolExecutor(16) as threads:
         answers = list(threads.map(lambda canary: str(engine.query(question(canary))), CANARIES))
@@ -56,7 +56,7 @@ def test_threads_do_not_cross(streaming: bool) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-async def test_tasks_do_not_cross(streaming: bool) -> None:
+async def test_t13_tasks_do_not_cross(streaming: bool) -> None:
     engine = aligned(streaming=streaming)
 
     async def answer(canary: str) -> str:

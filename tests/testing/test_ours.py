@@ -60,7 +60,7 @@ TARGETS: dict[str, Callable[[ReplayModel], Any]] = {
 
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("chunk_size", [1, 5, 40])
-def test_every_surface_is_clean(name: str, chunk_size: int) -> None:
+def test_t1_t4_t6_every_surface_is_clean(name: str, chunk_size: int) -> None:
     model = ReplayModel(answer=ANSWER, chunk_size=chunk_size, seed=7)
     report = check(TARGETS[name](model), canary=CANARY, expected=CLEAN, upstream=model)
     report.assert_clean()
@@ -77,7 +77,7 @@ def test_thoughts_beside_tool_calls_are_clean_too(saved: bool) -> None:
     report.assert_clean()
 
 
-def test_the_first_sentence_is_all_that_is_held_back() -> None:
+def test_t5_the_first_sentence_is_all_that_is_held_back() -> None:
     """The reader waits for a sentence and the word after it. (Of agents `test_middleware.py` tells.)"""
     model = ReplayModel(answer=ANSWER, chunk_size=1, delay=0.0)
     for name in ("prompt | model | AlignerRunnable", "AlignedChatModel"):

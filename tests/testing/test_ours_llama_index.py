@@ -93,7 +93,7 @@ TARGETS: dict[str, Callable[[ReplayLLM], Any]] = {
 
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("chunk_size", [1, 5, 40])
-def test_every_surface_is_clean(name: str, chunk_size: int) -> None:
+def test_t1_t4_t6_every_surface_is_clean(name: str, chunk_size: int) -> None:
     llm = ReplayLLM(answer=ANSWER, chunk_size=chunk_size, seed=7)
     report = check(TARGETS[name](llm), canary=CANARY, expected=CLEAN, llm=llm)
     report.assert_clean()
@@ -116,7 +116,7 @@ def test_a_bare_llm_leaks_on_every_surface_that_is_judged() -> None:
     assert {"AgentStream", "AgentOutput", "result", "memory", "instrumentation"} <= leaking
 
 
-def test_the_first_sentence_is_all_that_is_held_back() -> None:
+def test_t5_the_first_sentence_is_all_that_is_held_back() -> None:
     """The reader waits for a sentence and the word after it."""
     llm = ReplayLLM(answer=ANSWER, chunk_size=1)
     for name, surfaces in {

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from aligner_integrations import Aligner
+from aligner_integrations.checksums import check_sums
 from aligner_integrations.config import AlignerConfig
 from aligner_integrations.errors import ModelLoadError
 from aligner_integrations.evaluation.figures import TARGETS
@@ -28,6 +29,7 @@ def test_finish_exports_measures_and_sets_the_margin(
     assert set(report.figures(config.edit_margin)) == set(TARGETS)
     assert set(report.counts()) >= {"sum-wrong", "sum-right", "rude", "ordinary", "harmful", "good"}
     assert Aligner.from_pretrained(tmp_path / "model").decode_config.edit_margin == config.edit_margin
+    assert set(check_sums(tmp_path / "model").values()) == {"as listed"}
     assert capsys.readouterr().out == ""  # showing the report is the command's part
 
 
