@@ -79,6 +79,32 @@ def pens_model(template: str = "prefill") -> Path:
     return folder
 
 
+@cache
+def loaded(template: str = "prefill") -> tuple[Any, Any]:
+    """The model and its tokenizer, as they come out of their folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = pens_model(template)
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def written_after(ids: Any, template: str = "prefill") -> Iterator[tuple[int, str]]:
+    """Write on after `ids`, shape (1, length), greedily: each token, and the text that it adds."""
+    import torch
+
+    model, tokenizer = loaded(template)
+    written: list[int] = []
+    said, cache = "", None
+    while len(written) < 100 and tokenizer.eos_token_id not in written:
+        with torch.inference_mode():  # of the thread that runs this step
+            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache, ids = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        written.append(int(ids))
+        text = tokenizer.decode(written, skip_special_tokens=True)
+        yield written[-1], text.removeprefix(said)
+        said = text
+
+
 def _rows() -> Iterator[tuple[list[str], str, str]]:
     """Turns so far, how the answer has begun, and what the model is to write then."""
     for one, other in WRONG + RIGHT:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +12,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from pydantic import Field
 
-from tests.pens_model import pens_model
+from tests.pens_model import loaded, written_after
 
 
 class PensChat(BaseChatModel):
@@ -42,34 +41,16 @@ class PensChat(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
-        import torch
-
-        model, tokenizer = _loaded(self.template)
+        _, tokenizer = loaded(self.template)
         ids = tokenizer.apply_chat_template(
             [_as_dict(message) for message in messages],
             return_tensors="pt",
             **{"add_generation_prompt": True} | kwargs,
         )
         yield _chunk("", ids.shape[1], 0)
-        written: list[int] = []
-        said, cache = "", None
-        while len(written) < 100 and tokenizer.eos_token_id not in written:
-            with torch.inference_mode():  # of the thread that runs this step
-                output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache, ids = output.past_key_values, output.logits[:, -1:].argmax(-1)
-            written.append(int(ids))
-            self.tokens.append(int(ids))
-            text = tokenizer.decode(written, skip_special_tokens=True)
-            yield _chunk(text.removeprefix(said), 0, 1)
-            said = text
-
-
-@functools.cache
-def _loaded(template: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = pens_model(template)
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+        for token, text in written_after(ids, self.template):
+            self.tokens.append(token)
+            yield _chunk(text, 0, 1)
 
 
 def _as_dict(message: BaseMessage) -> dict[str, Any]:
