@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any
 
-from aligner_integrations.backends.base import Backend, Ids
+from aligner_integrations.backends.base import Backend, CacheLostError, Ids
 from aligner_integrations.backends.gathering import micro_batched
 from aligner_integrations.config import AlignerConfig, DecodeConfig, Granularity
 from aligner_integrations.correction import Correction, DecodeStats, Finding, make_edits
@@ -18,8 +20,15 @@ from aligner_integrations.defuse import Defuser
 from aligner_integrations.errors import AlignerError, CorrectionFailedError, ModelLoadError, TemplateError
 from aligner_integrations.errors import check_texts as check_texts
 from aligner_integrations.model_folder import HubOptions, RunOptions, load_model
-from aligner_integrations.resilience import WITHHELD_TEXT, ErrorPolicy, OnError
-from aligner_integrations.safeguards import SafeguardPolicy, inspect_correction, is_kept, restore_citations
+from aligner_integrations.policy import SafeguardPolicy, Safeguards, resolve_safeguards
+from aligner_integrations.resilience import (
+    WITHHELD_TEXT,
+    CircuitBreaker,
+    Deadline,
+    ErrorPolicy,
+    OnError,
+)
+from aligner_integrations.safeguards import guard_correction, is_kept
 from aligner_integrations.sentences import SentenceBuffer
 from aligner_integrations.sentences import has_words as has_words
 from aligner_integrations.template import CorrectionTemplate
@@ -28,8 +37,6 @@ from aligner_integrations.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from aligner_integrations.correction import Segment
     from aligner_integrations.stream import StreamCorrector
-
-SafeguardMode: TypeAlias = Literal["keep_original", "off"]
 
 BUNDLED_MODEL = Path(__file__).parent / "models" / "tiny"
 # Within a rewrite the margin counts up to here, in logits: enough that copying does not stray, and not so
@@ -49,11 +56,12 @@ class Aligner:
         *,
         template: CorrectionTemplate | None = None,
         decode: DecodeConfig | None = None,
-        safeguards: SafeguardMode = "keep_original",
+        safeguards: Safeguards = "keep_original",
         defuse_markers: bool = True,
         source: str = "",
         max_batch_tokens: int = 8192,
         micro_batch_ms: float = 0.0,
+        breaker: CircuitBreaker | None = None,
     ) -> None:
         self.source = source or f"object-{next(_objects)}"  # tells models apart, in the key of a cache
         self.template = template or CorrectionTemplate.named(config.template)
@@ -61,19 +69,21 @@ class Aligner:
             raise TemplateError(
                 f"template {self.template.name!r} frames whole answers, but the model is sentence-level"
             )
-        if safeguards not in get_args(SafeguardMode):
-            raise ValueError(f"safeguards must be 'keep_original' or 'off', got {safeguards!r}")
+        self.safeguard_policy = resolve_safeguards(safeguards, config.granularity)
         if decode is not None and not isinstance(decode, DecodeConfig):
             raise TypeError(f"decode must be a DecodeConfig, got {type(decode).__name__}")
         if not isinstance(max_batch_tokens, int) or max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens must be a whole number from 1 on, got {max_batch_tokens!r}")
         if not isinstance(micro_batch_ms, int | float) or not 0 <= micro_batch_ms < math.inf:
             raise ValueError(f"micro_batch_ms must be a number of milliseconds >= 0, got {micro_batch_ms!r}")
+        if breaker is not None and not isinstance(breaker, CircuitBreaker):
+            raise TypeError(f"breaker must be a CircuitBreaker or None, got {type(breaker).__name__}")
+        self.breaker = breaker
         self.backend = micro_batched(backend, wait_ms=micro_batch_ms, max_tokens=max_batch_tokens)
         self.tokenizer = tokenizer
         self.config = config
         self.decode_config = decode or DecodeConfig(edit_margin=config.edit_margin)
-        self.safeguards: SafeguardMode = safeguards
+        self.safeguards = safeguards
         self._defuser = Defuser.of(self.template, tokenizer, active=defuse_markers)
         self.max_batch_tokens = max_batch_tokens
         self.micro_batch_ms = micro_batch_ms
@@ -92,7 +102,7 @@ class Aligner:
         provider: str = "auto",
         template: str | CorrectionTemplate | None = None,
         decode: DecodeConfig | None = None,
-        safeguards: SafeguardMode = "keep_original",
+        safeguards: Safeguards = "keep_original",
         defuse_markers: bool = True,
         device: str | None = None,
         dtype: str = "auto",
@@ -104,6 +114,7 @@ class Aligner:
         local_files_only: bool = False,
         max_batch_tokens: int = 8192,
         micro_batch_ms: float = 0.0,
+        breaker: CircuitBreaker | None = None,
     ) -> Aligner:
         """Load a model folder, a repository of the hub, or the bundled model when none is given.
 
@@ -113,18 +124,19 @@ class Aligner:
             provider: `"auto"`, `"tensorrt"`, `"cuda"` or `"cpu"`, for ONNX Runtime.
             template: The frame; without it that of `aligner.json` or of a known hub name holds.
             decode: How to decode; without it the folder's `edit_margin` holds.
-            safeguards: `"keep_original"` puts a harmful correction back to the answer, `"off"` does not.
+            safeguards: `"keep_original"`, `"off"`, `{check: action}` or a `SafeguardPolicy` (its docstring).
             defuse_markers: Break the template's plain-text marks inside questions and answers, invisibly.
             device: `"cpu"`, `"cuda"`, ..., for PyTorch.
             dtype: `"auto"`, `"fp32"`, `"bf16"` or `"fp16"`, or PyTorch's names of these, for PyTorch.
             threads: Threads of one forward; all physical cores without it.
             provider_options: Handed to ONNX Runtime's provider as they are.
-            revision: Like the next three, handed to huggingface-hub as it is.
+            revision: A commit, tag or branch of the hub's repository; a commit pins what is run.
             token: A token of the hub; the one that is saved without it.
             cache_dir: Where the hub's files are kept.
             local_files_only: Take what was fetched before, without a connection.
             max_batch_tokens: So many tokens share a forward, at most.
             micro_batch_ms: So long a stream waits for others to share a forward with.
+            breaker: Stops asking a model that keeps failing; see `CircuitBreaker`.
 
         Raises:
             ModelLoadError: the model or a file of it is missing, damaged or refused.
@@ -141,12 +153,13 @@ class Aligner:
             source=parts.source,
             max_batch_tokens=max_batch_tokens,
             micro_batch_ms=micro_batch_ms,
+            breaker=breaker,
         )
 
     def with_options(
-        self, *, decode: DecodeConfig | None = None, safeguards: SafeguardMode | None = None
+        self, *, decode: DecodeConfig | None = None, safeguards: Safeguards | None = None
     ) -> Aligner:
-        """Return an aligner that shares this one's loaded model and differs in these options."""
+        """Return an aligner that shares this one's loaded model and breaker and differs in these options."""
         return Aligner(
             self.backend,
             self.tokenizer,
@@ -158,6 +171,7 @@ class Aligner:
             source=self.source,
             max_batch_tokens=self.max_batch_tokens,
             micro_batch_ms=self.micro_batch_ms,
+            breaker=self.breaker,
         )
 
     def __deepcopy__(self, memo: object) -> Aligner:
@@ -170,10 +184,11 @@ class Aligner:
         return self.config.granularity
 
     def __repr__(self) -> str:
+        breaker = "" if self.breaker is None else f", breaker={self.breaker!r}"
         return (
             f"Aligner(template={self.template.name!r}, granularity={self.granularity!r}, "
             f"backend={self.backend.name!r}, provider={self.backend.provider!r}, "
-            f"safeguards={self.safeguards!r})"
+            f"safeguards={self.safeguards!r}{breaker})"
         )
 
     def correct(
@@ -184,21 +199,24 @@ class Aligner:
         feedback: str = "",
         on_error: OnError = "raise",
         withheld_text: str = WITHHELD_TEXT,
+        sentence_seconds: float | None = None,
+        answer_seconds: float | None = None,
     ) -> Correction:
         """Correct a finished answer.
 
         A sentence-level model corrects it sentence by sentence, each after the corrected ones before
-        it. A piece that does not fit the context stays as it is, with a finding. `on_error` and
-        `withheld_text` are those of a stream.
+        it. A piece that does not fit the context stays as it is, with a finding. `on_error` to
+        `answer_seconds` are those of a stream, see `StreamCorrector`.
 
         Raises:
             CorrectionFailedError: the model failed and `on_error` is `"raise"`.
+            CorrectionTimeoutError: likewise, when a correction was late.
             InputTooLongError: likewise, when an answer-level model's context cannot hold the answer.
         """
         check_texts(question=question, answer=answer, feedback=feedback)
         from aligner_integrations.finished import correct_finished  # finished answers stand above this file
 
-        errors = ErrorPolicy(on_error, withheld_text)
+        errors = ErrorPolicy(on_error, withheld_text, sentence_seconds, answer_seconds)
         return correct_finished(self, question, answer, feedback=feedback, errors=errors)
 
     def correct_sentence(
@@ -231,15 +249,19 @@ class Aligner:
         feedback: str = "",
         on_error: OnError = "raise",
         withheld_text: str = WITHHELD_TEXT,
+        sentence_seconds: float | None = None,
+        answer_seconds: float | None = None,
     ) -> list[Correction]:
         """Correct (question, answer) pairs; the same as one by one, in the same order, but faster.
 
         A question that many pairs share is run once, and a small model corrects as many texts at a time
-        as there are cores. With `on_error="raise"` the first pair that fails raises.
+        as there are cores. With `on_error="raise"` the first pair that fails raises. `answer_seconds` is for
+        each pair.
         """
         from aligner_integrations.batch import correct_batch  # batches stand above this file
 
-        return correct_batch(self, pairs, feedback=feedback, on_error=on_error, withheld_text=withheld_text)
+        errors = ErrorPolicy(on_error, withheld_text, sentence_seconds, answer_seconds)
+        return correct_batch(self, pairs, feedback=feedback, errors=errors)
 
     async def acorrect(
         self,
@@ -249,12 +271,21 @@ class Aligner:
         feedback: str = "",
         on_error: OnError = "raise",
         withheld_text: str = WITHHELD_TEXT,
+        sentence_seconds: float | None = None,
+        answer_seconds: float | None = None,
     ) -> Correction:
         """Correct a finished answer as `correct` does, in a thread of its own."""
         import asyncio  # a fifth of the time that importing this package takes; few need it
 
         return await asyncio.to_thread(
-            self.correct, question, answer, feedback=feedback, on_error=on_error, withheld_text=withheld_text
+            self.correct,
+            question,
+            answer,
+            feedback=feedback,
+            on_error=on_error,
+            withheld_text=withheld_text,
+            sentence_seconds=sentence_seconds,
+            answer_seconds=answer_seconds,
         )
 
     def stream(
@@ -264,13 +295,22 @@ class Aligner:
         feedback: str = "",
         on_error: OnError = "raise",
         withheld_text: str = WITHHELD_TEXT,
+        sentence_seconds: float | None = None,
+        answer_seconds: float | None = None,
         sink: Callable[[Segment], None] | None = None,
     ) -> StreamCorrector:
         """Return a corrector for one answer that is still coming; see `StreamCorrector`."""
         from aligner_integrations.stream import StreamCorrector  # streams stand above this file
 
         return StreamCorrector(
-            self, question, feedback=feedback, on_error=on_error, withheld_text=withheld_text, sink=sink
+            self,
+            question,
+            feedback=feedback,
+            on_error=on_error,
+            withheld_text=withheld_text,
+            sentence_seconds=sentence_seconds,
+            answer_seconds=answer_seconds,
+            sink=sink,
         )
 
     def correct_stream(
@@ -281,12 +321,21 @@ class Aligner:
         feedback: str = "",
         on_error: OnError = "raise",
         withheld_text: str = WITHHELD_TEXT,
+        sentence_seconds: float | None = None,
+        answer_seconds: float | None = None,
     ) -> Iterator[Segment]:
         """Yield corrected segments of the answer that `chunks` brings, each as soon as it is done.
 
         Closing the iterator early closes `chunks` too, when it is a generator.
         """
-        stream = self.stream(question, feedback=feedback, on_error=on_error, withheld_text=withheld_text)
+        stream = self.stream(
+            question,
+            feedback=feedback,
+            on_error=on_error,
+            withheld_text=withheld_text,
+            sentence_seconds=sentence_seconds,
+            answer_seconds=answer_seconds,
+        )
         return stream.correct_chunks(chunks)
 
     # What follows is for `stream.py`, which keeps the state of one answer.
@@ -305,34 +354,51 @@ class Aligner:
         return self.tokenizer.encode_text(self._defuser(text))
 
     def run(
-        self, prompt: Ids, reference: Ids, max_new_tokens: int, cache: PromptCache | None = None
+        self,
+        prompt: Ids,
+        reference: Ids,
+        max_new_tokens: int,
+        cache: PromptCache | None = None,
+        deadline: Deadline | None = None,
     ) -> Decoded:
-        """Decode a correction; whatever the backend raises becomes a `CorrectionFailedError`."""
+        """Decode a correction; whatever the backend raises becomes a `CorrectionFailedError`.
+
+        With a deadline the decoding is in a thread of its own, which is left to itself when it is late.
+        """
+        decode = partial(self._decode, prompt, reference, max_new_tokens)
+        cache = PromptCache(self.backend) if cache is None else cache
+        with nullcontext() if self.breaker is None else self.breaker.around():
+            try:
+                return decode(cache) if deadline is None else cache.within(deadline, decode)
+            except AlignerError:
+                raise
+            except Exception as error:  # backends share no base class of errors
+                # What a backend says may quote the text it failed on: it is chained, and not repeated.
+                raise CorrectionFailedError(
+                    f"the model failed while correcting: {type(error).__name__}; see the chained error"
+                ) from error
+
+    def _decode(self, prompt: Ids, reference: Ids, max_new_tokens: int, cache: PromptCache) -> Decoded:
         decode = draft_decode if self.decode_config.draft else greedy_decode
         margin = self.decode_config.edit_margin
-        cache = PromptCache(self.backend) if cache is None else cache
-        try:
-            with cache.taking_part():
-                return decode(
-                    self.backend,
-                    prompt,
-                    reference,
-                    config=self.decode_config,
-                    eos_id=self.tokenizer.eos_id,
-                    max_new_tokens=max_new_tokens,
-                    keep_id=self.keep_id,
-                    cache=cache,
-                    # With a keep token the margin is mostly spent on that one decision: once the model means
-                    # to edit, holding it to the copy at any price would undo the edit.
-                    draft_margin=None if self.keep_id is None else min(margin, REWRITE_MARGIN),
-                )
-        except AlignerError:
-            raise
-        except Exception as error:  # backends share no base class of errors
-            # What a backend says may quote the text it failed on: it is chained, and not repeated.
-            raise CorrectionFailedError(
-                f"the model failed while correcting: {type(error).__name__}; see the chained error"
-            ) from error
+        while True:
+            try:
+                with cache.taking_part():
+                    return decode(
+                        self.backend,
+                        prompt,
+                        reference,
+                        config=self.decode_config,
+                        eos_id=self.tokenizer.eos_id,
+                        max_new_tokens=max_new_tokens,
+                        keep_id=self.keep_id,
+                        cache=cache,
+                        # With a keep token the margin is mostly spent on that one decision: once the model
+                        # means to edit, holding it to the copy at any price would undo the edit.
+                        draft_margin=None if self.keep_id is None else min(margin, REWRITE_MARGIN),
+                    )
+            except CacheLostError:
+                cache.forget()  # a correction has no side effects: what runs now does it from the start
 
     def finish(
         self,
@@ -354,15 +420,11 @@ class Aligner:
         proposed = core if proposed == self._defuser(core) else proposed
         findings += self._defuser.report(question=question, answer=core)
         if decoded.stats.finish_reason != "eos" and not same:
-            action = "kept_original" if self.safeguards == "keep_original" else "accepted"
-            findings += (Finding("truncated", "the correction ended before it was complete", action),)
-        shown = proposed
-        if self.safeguards == "keep_original":
-            shown = restore_citations(core, proposed)
-            policy = replace(policy, special_tokens=self.tokenizer.special_tokens_in(proposed))
-            findings += inspect_correction(question, core, shown, policy=policy)
-            if shown != proposed and not is_kept(findings):
-                findings += (Finding("citations_lost", "missing citations were put back", "repaired"),)
+            findings += (policy.find("truncated", "the correction ended before it was complete"),)
+        special = policy.special_tokens | self.tokenizer.special_tokens_in(proposed)
+        policy = replace(policy, special_tokens=special)
+        shown, found = guard_correction(question, core, proposed, policy=policy)
+        findings += found
         answer = "".join(margins)
         # Copied marks stay defused where the text changed; untouched text is the answer, byte for byte.
         shown = core if shown == core else self._defuser(shown)

@@ -13,7 +13,7 @@ from aligner_integrations.backends.gathering import Gathering, Lanes, together
 from aligner_integrations.correction import Correction
 from aligner_integrations.decode import PromptCache
 from aligner_integrations.finished import correct_finished
-from aligner_integrations.resilience import ErrorPolicy, OnError
+from aligner_integrations.resilience import ErrorPolicy
 
 _ROWS = 16  # texts under way at a time where they share forwards; each is a thread
 # A row's forward waits for the others so long at most. They come as soon as they have read their scores, so
@@ -26,13 +26,12 @@ def correct_batch(
     pairs: Sequence[tuple[str, str]],
     *,
     feedback: str,
-    on_error: OnError,
-    withheld_text: str,
+    errors: ErrorPolicy,
 ) -> list[Correction]:
     """Correct (question, answer) pairs; see `Aligner.correct_batch`."""
     _check_pairs(pairs)
     check_texts(feedback=feedback)
-    batch = _Batch(aligner, pairs, feedback, ErrorPolicy(on_error, withheld_text))
+    batch = _Batch(aligner, pairs, feedback, errors)
     backend, workers = _arrange(aligner) if len(pairs) > 1 else (aligner.backend, 1)
     workers = min(workers, len(pairs))
     if workers > 1:

@@ -23,9 +23,11 @@ from rich.text import Text
 
 from aligner_integrations import Aligner, Correction, DecodeConfig, Edit, Segment
 from aligner_integrations.errors import AlignerError, CorrectionFailedError, MissingDependencyError
+from aligner_integrations.policy import SafeguardMode
 
 if TYPE_CHECKING:
     from aligner_integrations.evaluation.figures import Report
+    from aligner_integrations.resilience import OnError
 
 app = typer.Typer(
     name="aligner",
@@ -53,6 +55,27 @@ ProviderOption = Annotated[str, typer.Option("--provider", help="auto, tensorrt,
 MarginOption = Annotated[
     float | None,
     typer.Option("--edit-margin", min=0.0, help="How sure (in logits) the model must be before it edits."),
+]
+TemperatureOption = Annotated[
+    float, typer.Option("--temperature", min=0.0, help="Above 0 tokens are drawn, not the best taken.")
+]
+TopPOption = Annotated[
+    float, typer.Option("--top-p", min=0.0, max=1.0, help="Draw from the fewest that reach this chance.")
+]
+TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Draw from so many of the best; 0: all.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Draw the same each time.")]
+OnErrorOption = Annotated[
+    str, typer.Option("--on-error", help="For a failed correction: raise, pass_through or withhold.")
+]
+SentenceSecondsOption = Annotated[
+    float | None, typer.Option("--sentence-seconds", help="So long each correction may take.")
+]
+AnswerSecondsOption = Annotated[
+    float | None, typer.Option("--answer-seconds", help="So long all corrections may take together.")
+]
+SafeguardsOption = Annotated[
+    Literal["keep_original", "off"],
+    typer.Option("--safeguards", help="keep_original shows no harmful correction, off shows every one."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -100,10 +123,26 @@ def correct(
     provider: ProviderOption = "auto",
     revision: RevisionOption = None,
     edit_margin: MarginOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
+    seed: SeedOption = None,
+    on_error: OnErrorOption = "raise",
+    sentence_seconds: SentenceSecondsOption = None,
+    answer_seconds: AnswerSecondsOption = None,
+    safeguards: SafeguardsOption = "keep_original",
 ) -> None:
     """Correct a finished answer."""
-    correction = _load(model, edit_margin, template, backend, provider, revision).correct(
-        question, answer, feedback=feedback
+    drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    correction = _load(
+        model, edit_margin, template, backend, provider, revision, safeguards, **drawing
+    ).correct(
+        question,
+        answer,
+        feedback=feedback,
+        on_error=cast("OnError", on_error),
+        sentence_seconds=sentence_seconds,
+        answer_seconds=answer_seconds,
     )
     if as_json:
         record = json.dumps(_as_record(correction), ensure_ascii=False)
@@ -123,10 +162,25 @@ def stream(
     provider: ProviderOption = "auto",
     revision: RevisionOption = None,
     edit_margin: MarginOption = None,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    top_k: TopKOption = 0,
+    seed: SeedOption = None,
+    on_error: OnErrorOption = "raise",
+    sentence_seconds: SentenceSecondsOption = None,
+    answer_seconds: AnswerSecondsOption = None,
+    safeguards: SafeguardsOption = "keep_original",
 ) -> None:
     """Correct an answer that comes in on standard input; corrected text goes out as it comes."""
-    aligner = _load(model, edit_margin, template, backend, provider, revision)
-    for segment in aligner.correct_stream(question, _read_chunks()):
+    drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    aligner = _load(model, edit_margin, template, backend, provider, revision, safeguards, **drawing)
+    for segment in aligner.correct_stream(
+        question,
+        _read_chunks(),
+        on_error=cast("OnError", on_error),
+        sentence_seconds=sentence_seconds,
+        answer_seconds=answer_seconds,
+    ):
         _show(segment.original, segment)
 
 
@@ -171,14 +225,17 @@ def bench(
     replay: Annotated[
         bool, typer.Option("--replay", help="Count forwards of corrections in --data.")
     ] = False,
+    loop: Annotated[bool, typer.Option("--loop", help="Count what a closed loop asks for.")] = False,
     data: Annotated[
-        Path | None, typer.Option("--data", exists=True, file_okay=False, help="Folder for --replay.")
+        Path | None, typer.Option("--data", exists=True, file_okay=False, help="For --replay and --loop.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Time guided decoding beside plain greedy decoding and one prefill, on the same session."""
-    if adapters + batch + memory + replay > 1:
-        raise typer.BadParameter("--adapters, --batch, --memory and --replay exclude each other")
+    if adapters + batch + memory + replay + loop > 1:
+        raise typer.BadParameter("--adapters, --batch, --memory, --replay and --loop exclude each other")
+    if loop:
+        return _bench_loop(data, as_json=as_json)
     if adapters:
         with _extra("langchain"):
             from aligner_integrations.evaluation.adapters import as_rows, run_adapters
@@ -206,6 +263,18 @@ def bench(
         typer.echo(json.dumps(records if len(records) > 1 else records[0]))
         return
     for report in reports:
+        _show_report(report.shown())
+
+
+def _bench_loop(data: Path | None, *, as_json: bool) -> None:
+    from aligner_integrations.evaluation.loop import run_loop
+
+    if data is None:
+        raise typer.BadParameter("--loop needs --data, the folder with the answers")
+    report = run_loop(data)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict()))
+    else:
         _show_report(report.shown())
 
 
@@ -276,9 +345,18 @@ def evaluate_model(
     revision: RevisionOption = None,
     edit_margin: MarginOption = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Held-out rows of each task, at most.")] = 600,
+    harm: Annotated[
+        bool, typer.Option("--harm", help="Measure the safeguards on published corrections instead.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a model on held-out rows: each figure beside its target, and the curve over the margin."""
+    if harm:
+        from aligner_integrations.evaluation.harm import run_harm
+
+        found = run_harm(data)
+        typer.echo(json.dumps(found.to_dict())) if as_json else _show_report(found.shown())
+        return
     with _extra("eval"):
         from aligner_integrations.evaluation.figures import evaluate
     aligner = _load(model, edit_margin, template, backend, provider, revision)
@@ -314,11 +392,21 @@ def _load(
     backend: str,
     provider: str,
     revision: str | None,
+    safeguards: SafeguardMode = "keep_original",
+    **drawing: Any,
 ) -> Aligner:
-    decode = None if edit_margin is None else DecodeConfig(edit_margin=edit_margin)
-    return Aligner.from_pretrained(
-        model, decode=decode, template=template, backend=backend, provider=provider, revision=revision
+    """Return the aligner; what is not given stays as the model's folder has it."""
+    changes = drawing if edit_margin is None else {"edit_margin": edit_margin, **drawing}
+    DecodeConfig(**changes)  # what is wrong with it is said before a model is loaded
+    aligner = Aligner.from_pretrained(
+        model,
+        template=template,
+        backend=backend,
+        provider=provider,
+        revision=revision,
+        safeguards=safeguards,
     )
+    return aligner.with_options(decode=dataclasses.replace(aligner.decode_config, **changes))
 
 
 def _show(original: str, corrected: Correction | Segment) -> None:

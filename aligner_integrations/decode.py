@@ -18,15 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass, field
 from time import perf_counter
 
 import numpy as np
 
-from aligner_integrations.backends.base import Backend, Batching, Ids, Logits, Row, Scores
+from aligner_integrations.backends.base import Backend, Batching, Ids, KVCache, Logits, Row, Scores
 from aligner_integrations.config import DecodeConfig
 from aligner_integrations.correction import DecodeStats
 from aligner_integrations.draft import ON_ACCELERATOR, ON_CPU, Alignment, Drafter, common_start
+from aligner_integrations.resilience import Deadline
 from aligner_integrations.sampling import Sampler
 
 
@@ -45,7 +47,8 @@ class PromptCache:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._batching = backend if isinstance(backend, Batching) else None  # the question takes its time
-        self._kv = backend.make_cache()
+        self._kv: KVCache | None = None  # made where it is needed: on a device that hangs, making it hangs
+        self._deadline: Deadline | None = None
         self.ids: Ids = []
 
     def taking_part(self) -> AbstractContextManager[None]:
@@ -66,20 +69,43 @@ class PromptCache:
 
     def trim(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
-        self._kv.trim(length)
+        if self._kv is not None:
+            self._kv.trim(length)
         del self.ids[length:]
+
+    def forget(self) -> None:
+        """Begin anew, with another cache of the backend's."""
+        self._kv = None
+        self.ids = []
+
+    def within(self, deadline: Deadline, decode: Callable[[PromptCache], Decoded]) -> Decoded:
+        """Return what `decode` does with this cache, in a thread; a late one keeps it and gives nothing.
+
+        Raises:
+            CorrectionTimeoutError: the deadline passed.
+        """
+        lent = copy(self)
+        lent._deadline = deadline
+        self.forget()
+        decoded = deadline.wait_for(lambda: decode(lent))
+        self._kv, self.ids = lent._kv, lent.ids
+        return decoded
 
     def forward(self, ids: Ids, *, last: int) -> Scores:
         """Run `ids` and append them. A forward that fails leaves the cache empty, not half written."""
+        check = None if self._deadline is None else self._deadline.check
         try:
+            if check is not None:
+                check()
+            kv = self._backend.make_cache() if self._kv is None else self._kv
             if self._batching is not None:
-                scores = self._batching.score([Row(ids, self._kv, last)])[0]
+                scores = self._batching.score([Row(ids, kv, last, check)])[0]
             else:
-                scores = Scores.of(self._backend.forward(ids, self._kv, last=last), ids)
+                scores = Scores.of(self._backend.forward(ids, kv, last=last), ids)
         except BaseException:
-            self._kv = self._backend.make_cache()
-            self.ids = []
+            self.forget()
             raise
+        self._kv = kv
         self.ids.extend(ids)
         return scores
 

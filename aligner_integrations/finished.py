@@ -6,8 +6,7 @@ from aligner_integrations.aligner import Aligner, has_words
 from aligner_integrations.correction import Correction, DecodeStats, Edit
 from aligner_integrations.decode import PromptCache
 from aligner_integrations.errors import AlignerError, InputTooLongError
-from aligner_integrations.resilience import ErrorPolicy
-from aligner_integrations.safeguards import SafeguardPolicy
+from aligner_integrations.resilience import Budget, ErrorPolicy
 from aligner_integrations.sentences import SentenceBuffer
 from aligner_integrations.stream import SentenceSession, stand_in
 
@@ -33,7 +32,7 @@ def correct_finished(
     if aligner.granularity == "sentence":
         return _correct_by_sentence(aligner, question, answer, feedback, errors, cache)
     try:
-        return _correct_whole(aligner, question, answer, feedback, cache)
+        return _correct_whole(aligner, question, answer, feedback, errors.budget(), cache)
     except AlignerError as error:
         if errors.on_error == "raise":  # unlike a stream also when it is too long: nothing is shown yet
             raise
@@ -41,25 +40,24 @@ def correct_finished(
 
 
 def _correct_whole(
-    aligner: Aligner, question: str, answer: str, feedback: str, cache: PromptCache | None
+    aligner: Aligner, question: str, answer: str, feedback: str, budget: Budget, cache: PromptCache | None
 ) -> Correction:
     core = answer.strip()
     if not has_words(core):
         return aligner.untouched(question, answer)
-    prompt = aligner.encode_prompt(question, "", core, feedback)
-    reference = aligner.encode_text(core)
-    room = aligner.config.max_length - len(prompt)
-    if room <= len(reference):
-        raise InputTooLongError(
-            f"question and answer take {len(prompt)} tokens and a correction as long as the answer "
-            f"{len(reference) + 1} more; the model's context has {aligner.config.max_length}"
-        )
-    wanted = aligner.decode_config.max_new_tokens or room
-    decoded = aligner.run(prompt, reference, min(wanted, room), cache)
+    with budget.sentence() as deadline:
+        prompt = aligner.encode_prompt(question, "", core, feedback)
+        reference = aligner.encode_text(core)
+        room = aligner.config.max_length - len(prompt)
+        if room <= len(reference):
+            raise InputTooLongError(
+                f"question and answer take {len(prompt)} tokens and a correction as long as the answer "
+                f"{len(reference) + 1} more; the model's context has {aligner.config.max_length}"
+            )
+        wanted = aligner.decode_config.max_new_tokens or room
+        decoded = aligner.run(prompt, reference, min(wanted, room), cache, deadline)
     lead, _, tail = answer.partition(core)
-    # Published aligners rewrite freely, so being far from the original is no harm in itself.
-    policy = SafeguardPolicy(min_similarity=0.0, max_changed_numbers=None)
-    return aligner.finish(question, (lead, core, tail), reference, decoded, policy)
+    return aligner.finish(question, (lead, core, tail), reference, decoded, aligner.safeguard_policy)
 
 
 def _correct_by_sentence(
@@ -70,7 +68,7 @@ def _correct_by_sentence(
     errors: ErrorPolicy,
     cache: PromptCache | None,
 ) -> Correction:
-    session, buffer = SentenceSession(aligner, question, feedback, cache), SentenceBuffer()
+    session, buffer = SentenceSession(aligner, question, feedback, cache, errors.budget()), SentenceBuffer()
     parts: list[Correction] = []
     for piece in (*buffer.push(answer), *buffer.flush()):
         try:

@@ -40,12 +40,14 @@ class CorrectionOptions:
     aligner: Aligner | None = None
     on_error: OnError = "raise"
     withheld_text: str = WITHHELD_TEXT
+    sentence_seconds: float | None = None
+    answer_seconds: float | None = None
     feedback: str = ""
     edit_margin: float | None = None
 
     def __post_init__(self) -> None:
         check_aligner(self.aligner)
-        ErrorPolicy(self.on_error, self.withheld_text)  # checks both
+        ErrorPolicy(**self.errors())  # checks them
         if not isinstance(self.feedback, str):
             raise TypeError(f"feedback must be a str, got {type(self.feedback).__name__}")
         if self.edit_margin is not None and not self.edit_margin >= 0:
@@ -60,6 +62,11 @@ class CorrectionOptions:
         """Return the options by name, to hand them on."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
+    def errors(self) -> dict[str, Any]:
+        """Return by name what says how long a correction may take, and what a failed one shows."""
+        names = [each.name for each in fields(ErrorPolicy) if each.init]
+        return {name: getattr(self, name) for name in names}
+
     def load(self) -> Aligner:
         """Return the aligner with its margin; the bundled one is loaded on first use."""
         aligner = self.aligner or load_bundled()
@@ -70,13 +77,7 @@ class CorrectionOptions:
 
     def open(self, question: str, sink: Callable[[Segment], None] | None = None) -> StreamCorrector:
         """Return a corrector for one answer to `question`."""
-        return self.load().stream(
-            question,
-            feedback=self.feedback,
-            on_error=self.on_error,
-            withheld_text=self.withheld_text,
-            sink=sink,
-        )
+        return self.load().stream(question, feedback=self.feedback, **self.errors(), sink=sink)
 
 
 def check_aligner(aligner: object) -> None:

@@ -42,20 +42,26 @@ class Sampler:
 def probabilities(logits: Logits, *, temperature: float, top_k: int, top_p: float) -> _Probabilities:
     """Return the chance of each id, shape (vocabulary,), float64: the sum is 1.
 
-    The order is that of transformers: temperature; then the `top_k` best ids, with all that equal the last of
-    them (0 for all); then of those the fewest whose chances reach `top_p`, the lowest ids among equals.
+    The order is that of transformers: temperature; then the `top_k` best ids (0 for all); then of those the
+    fewest whose chances reach `top_p`. Among equals both take the lowest ids, as greedy decoding does; there
+    transformers keeps more than `top_k`.
     """
     best = logits.max()
     distance = np.zeros(len(logits))
     # Not plainly the difference: the best may be infinite, and then it is the only one.
     np.subtract(logits, best, out=distance, where=logits != best, dtype=np.float64)
-    distance /= temperature
+    with np.errstate(over="ignore"):  # by a tiny temperature: infinitely far is what is meant
+        distance /= temperature
     if 0 < top_k < len(distance):
-        distance[distance < np.partition(distance, -top_k)[-top_k]] = -np.inf
+        edge = np.partition(distance, -top_k)[-top_k]
+        stays = distance > edge
+        stays[np.flatnonzero(distance == edge)[: top_k - int(stays.sum())]] = True
+        distance[~stays] = -np.inf
     chances: _Probabilities = np.exp(distance)
     chances /= chances.sum()
     if top_p < 1.0:
-        order = np.argsort(-chances, kind="stable")
+        order = chances.nonzero()[0]  # after `top_k` these are few; sorting all would take longer
+        order = order[np.argsort(-chances[order], kind="stable")]
         enough = int(np.searchsorted(chances[order].cumsum(), top_p)) + 1
         chances[order[enough:]] = 0.0
         chances /= chances.sum()

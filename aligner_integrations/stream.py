@@ -10,11 +10,13 @@ from typing import Self
 
 from aligner_integrations.aligner import Aligner, check_texts, has_words
 from aligner_integrations.backends.base import Ids
-from aligner_integrations.correction import Correction, Finding, Segment, make_edits
+from aligner_integrations.closed_loop import ClosedLoop as ClosedLoop
+from aligner_integrations.correction import Correction, Finding, FinishReason, Segment, make_edits
 from aligner_integrations.decode import PromptCache
 from aligner_integrations.errors import AlignerError, InputTooLongError
-from aligner_integrations.resilience import WITHHELD_TEXT, ErrorPolicy, OnError
-from aligner_integrations.safeguards import SafeguardPolicy, is_refusal
+from aligner_integrations.held import OpenBlocks
+from aligner_integrations.resilience import WITHHELD_TEXT, Budget, ErrorPolicy, OnError
+from aligner_integrations.safeguards import is_refusal
 from aligner_integrations.sentences import Piece, SentenceBuffer, split_margins
 
 # A correction may be this many tokens longer than its sentence before the prefix has to make room.
@@ -30,22 +32,30 @@ class SentenceSession:
     """
 
     def __init__(
-        self, aligner: Aligner, question: str, feedback: str = "", cache: PromptCache | None = None
+        self,
+        aligner: Aligner,
+        question: str,
+        feedback: str = "",
+        cache: PromptCache | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self._aligner = aligner
         self._question = question
         self._question_ids = aligner.encode_text(question)
         self._feedback = feedback
         self._cache = PromptCache(aligner.backend) if cache is None else cache
+        self._budget = budget or Budget()
         self._window: deque[tuple[str, int]] = deque()  # accepted pieces with their tokens
         self._held = 0  # tokens in the window
         self._refused = False
+        self._blocks = OpenBlocks()
 
     def accept(self, text: str) -> None:
         """Take a piece of the answer into the prefix: the reader has seen it."""
         tokens = len(self._aligner.encode_text(text))
         self._window.append((text, tokens))
         self._held += tokens
+        self._blocks.take(text)
         # Once refused, what is left of a harmful answer may be dropped.
         self._refused = self._refused or is_refusal(split_margins(text)[1])
 
@@ -56,20 +66,29 @@ class SentenceSession:
 
         Raises:
             CorrectionFailedError: the model failed.
+            CorrectionTimeoutError: the correction was late, or the answer's time is used up.
             InputTooLongError: the sentence and its correction alone exceed the context.
         """
         margins = split_margins(piece)
         core = margins[1]
         is_prose = not isinstance(piece, Piece) or piece.kind == "prose"
-        if not is_prose or not has_words(core):
+        if not is_prose or not has_words(core) or self._is_structure(piece):
             return self._aligner.untouched(self._question, str(piece))
-        reference = self._aligner.encode_text(core)
-        prompt, findings = self._fit(core, len(reference))
-        room = self._aligner.config.max_length - len(prompt)
-        wanted = self._aligner.decode_config.max_new_tokens or 2 * len(reference) + _SPARE_TOKENS
-        decoded = self._aligner.run(prompt, reference, min(wanted, room), self._cache)
-        policy = SafeguardPolicy(allow_empty=self._refused)
+        with self._budget.sentence() as deadline:
+            reference = self._aligner.encode_text(core)
+            prompt, findings = self._fit(core, len(reference))
+            room = self._aligner.config.max_length - len(prompt)
+            wanted = self._aligner.decode_config.max_new_tokens or 2 * len(reference) + _SPARE_TOKENS
+            decoded = self._aligner.run(prompt, reference, min(wanted, room), self._cache, deadline)
+        policy = self._aligner.safeguard_policy
+        policy = replace(policy, allow_empty=policy.allow_empty or self._refused)
         return self._aligner.finish(self._question, margins, reference, decoded, policy, findings)
+
+    def _is_structure(self, piece: str) -> bool:
+        """Whether `piece` is a line of a formula or of JSON that takes several, which stay as they are."""
+        actions = self._aligner.safeguard_policy.actions
+        held = zip(("formula_changed", "json_changed"), self._blocks.holds(piece), strict=True)
+        return any(inside and actions[check] == "keep_original" for check, inside in held)
 
     def _fit(self, core: str, tokens: int) -> tuple[Ids, tuple[Finding, ...]]:
         """Return the prompt for `core` with as much question and prefix as the context holds."""
@@ -125,6 +144,12 @@ class StreamCorrector:
     sentence is then tried again. `close` raises as long as a sentence fails. With `"pass_through"` the
     original is shown, with `"withhold"` the `withheld_text`; a finding says so.
 
+    A correction that is not done within `sentence_seconds`, or within what is left of `answer_seconds`, is
+    dropped and counts as failed: a `CorrectionTimeoutError`, or a finding `deadline`. Once `answer_seconds`
+    are used up, the sentences that are left fail at once. Only the time spent on corrections counts, not
+    the time in which upstream writes. An answer-level model's one correction has the shorter of the two.
+    With neither, no thread is started.
+
     A `sink` is called with every segment, once, when it is corrected.
 
     As a context manager it lets go of its state on leaving; text that was pushed but not closed is
@@ -139,6 +164,8 @@ class StreamCorrector:
         feedback: str = "",
         on_error: OnError = "raise",
         withheld_text: str = WITHHELD_TEXT,
+        sentence_seconds: float | None = None,
+        answer_seconds: float | None = None,
         sink: Callable[[Segment], None] | None = None,
     ) -> None:
         check_texts(question=question, feedback=feedback)
@@ -146,11 +173,13 @@ class StreamCorrector:
         self._aligner = aligner
         self._question = question
         self._feedback = feedback
-        self._errors = ErrorPolicy(on_error, withheld_text)
+        self._errors = ErrorPolicy(on_error, withheld_text, sentence_seconds, answer_seconds)
         self._buffer = SentenceBuffer()
         self._gathered: list[str] = []  # an answer-level model's whole answer
         self._session = (
-            SentenceSession(aligner, question, feedback) if aligner.granularity == "sentence" else None
+            SentenceSession(aligner, question, feedback, budget=self._errors.budget())
+            if aligner.granularity == "sentence"
+            else None
         )
         self._pending: deque[str] = deque()  # whole sentences that wait for their correction
         self._ready: list[Segment] = []  # corrected, but not handed out because a later one failed
@@ -303,7 +332,13 @@ class StreamCorrector:
         try:
             if self._session is not None:
                 return self._session.correct(piece)
-            correction = self._aligner.correct(self._question, piece, feedback=self._feedback)
+            correction = self._aligner.correct(
+                self._question,
+                piece,
+                feedback=self._feedback,
+                sentence_seconds=self._errors.sentence_seconds,
+                answer_seconds=self._errors.answer_seconds,
+            )
             note = Finding("corrected_at_end", "the model corrects whole answers only", "accepted")
             return replace(correction, findings=(*correction.findings, note))
         except AlignerError as error:
@@ -345,4 +380,7 @@ def stand_in(
     lead, core, tail = split_margins(piece)
     shown, finding = errors.recover(error, core)
     text = lead + shown + tail
-    return replace(aligner.untouched(question, str(piece), finding), text=text, edits=make_edits(piece, text))
+    same = aligner.untouched(question, str(piece), finding)
+    reason: FinishReason = "deadline" if finding.check == "deadline" else same.stats.finish_reason
+    stats = replace(same.stats, finish_reason=reason)
+    return replace(same, text=text, edits=make_edits(piece, text), stats=stats)

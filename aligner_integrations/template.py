@@ -30,6 +30,12 @@ _STREAM = (
 )
 _PAIR = "Edit the following Question-Answer pair to make it more %s: {question} | {answer}"
 
+# The last resort to make a chat model go on from a text: the text stands before it, as the assistant's.
+GO_ON = (
+    "Your last message was cut off. Write only what comes next, exactly from where it ends. "
+    "Do not repeat any of it, and do not comment."
+)
+
 # name -> (granularity, frame). Sources: the published repositories and model cards of
 # Aligner, Stream Aligner, MetaAligner and Thought-Aligner; spaces and missing newlines are as published.
 _FRAMES: dict[str, tuple[Granularity, str]] = {
@@ -228,4 +234,4 @@ class CorrectionTemplate:
         return self.frame.replace("{question}", "{question}" + _FEEDBACK)
 
 
-__all__ = ["MARKERS", "TEMPLATE_NAMES", "TINY_TOKENS", "CorrectionTemplate", "Span"]
+__all__ = ["GO_ON", "MARKERS", "TEMPLATE_NAMES", "TINY_TOKENS", "CorrectionTemplate", "Span"]

@@ -21,8 +21,19 @@ settings.load_profile("house")
 LEFT_OUT = pytest.StashKey[list[str]]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak-minutes", default="30", help="how long the tests marked soak run")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect the tests marked `gpu` that this machine cannot run: `gpu("torch")` asks for that library."""
+    """Deselect the tests marked `gpu` that this machine cannot run: `gpu("torch")` asks for that library.
+
+    Those marked `soak` are deselected, too, unless `-m soak` asks for them.
+    """
+    if "soak" not in config.option.markexpr:
+        soaking = [item for item in items if item.get_closest_marker("soak")]
+        items[:] = [item for item in items if item not in soaking]
+        config.hook.pytest_deselected(items=soaking)
     reasons: dict[str, str | None] = {}
     left_out: dict[str, list[pytest.Item]] = {}
     for item in items:

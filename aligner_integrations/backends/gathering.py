@@ -7,6 +7,7 @@ join, and no decoding knows of any other.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections import deque
@@ -160,22 +161,42 @@ class Gathering:
         return batch
 
     def _run(self, batch: list[_Request]) -> None:
-        error: BaseException = RuntimeError("a forward that was shared with another thread was interrupted")
-        scores: list[Scores] = []
+        error = RuntimeError("a forward that was shared with another thread was interrupted")
+        found: list[list[Scores] | Exception] = []
         try:
-            scores = self.inner.score([row for each in batch for row in each.rows])
-        except Exception as raised:
-            error = raised
+            self._score_all(batch, found)
         finally:
             with self._round.changed:
                 self._round.running = False
-                given = iter(scores)
-                for each in batch:
-                    if scores:
-                        each.scores = [next(given) for _ in each.rows]
+                for each, given in itertools.zip_longest(batch, found, fillvalue=error):
+                    assert isinstance(each, _Request)
+                    if isinstance(given, list):
+                        each.scores = given
                     else:
-                        each.error = error
+                        each.error = given
                 self._round.changed.notify_all()
+
+    def _score_all(self, batch: list[_Request], found: list[list[Scores] | Exception]) -> None:
+        """Append to `found` what comes of each request: run together, or alone where together fails."""
+        lengths = [[row.cache.length for row in each.rows] for each in batch]
+        try:
+            scores = iter(self.inner.score([row for each in batch for row in each.rows]))
+        except Exception as error:
+            if len(batch) == 1:
+                found.append(error)
+                return
+            logger.debug("a forward of %d rows failed with %s", len(batch), type(error).__name__)
+        else:
+            found += [[next(scores) for _ in each.rows] for each in batch]
+            return
+        # Together they may be too much for the memory, or one of them may be what fails.
+        for each, held in zip(batch, lengths, strict=True):
+            try:
+                for row, length in zip(each.rows, held, strict=True):
+                    row.cache.trim(length)
+                found.append(self.inner.score(each.rows))
+            except Exception as error:
+                found.append(error)
 
 
 class Lanes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -13,12 +14,18 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from aligner_integrations.backends.base import Ids, KVCache, Logits, Row, Scores
+from aligner_integrations.backends.base import CacheLostError, Ids, KVCache, Logits, Row, Scores
 from aligner_integrations.backends.providers import FULL_NAMES, bucket
-from aligner_integrations.errors import MissingDependencyError, ModelLoadError
+from aligner_integrations.errors import (
+    AlignerError,
+    MissingDependencyError,
+    ModelLoadError,
+    ProviderUnavailableError,
+)
 
 try:
     import onnxruntime as ort
+    from onnxruntime.capi import _pybind_state as native
 except ModuleNotFoundError as error:
     # A broken install fails on a module of its own: that error must reach the user unchanged.
     if error.name != "onnxruntime":
@@ -39,13 +46,17 @@ from aligner_integrations.backends.onnx_graph import (
     Output,
     SharedCache,
 )
-from aligner_integrations.backends.session import available_cores, open_session
+from aligner_integrations.backends.session import available_cores, open_session, rungs_below
+
+logger = logging.getLogger(__name__)
 
 # Up to here, in bytes, a forward leaves cores idle and the weights may be held twice; above, neither holds.
 _SMALL_MODEL = 256 * 2**20
 # Tokens that go through the graph at a time. Attention written out takes heads x block x all places, and a
 # block of this length keeps both cores and an accelerator busy.
 _BLOCK = 512
+# What another provider could not do either.
+_ABOUT_THE_INPUT = (ValueError, TypeError, native.InvalidArgument)
 # On the CPU a row of more ids than this keeps it busy alone, and padding it to the longest costs time.
 _FEW = 16
 
@@ -62,19 +73,31 @@ class OnnxBackend:
         provider: str,
         file: Path | None = None,
         threads: int | None = None,
+        provider_options: dict[str, Any] | None = None,
+        rungs: Sequence[str] = (),
     ) -> None:
-        self.provider = provider
-        self._session = session
+        """Take a session; `rungs` are the providers to fall to, in order, when this one fails in mid-run."""
         self._file = file
         self._stamp = _stamp(file)
         self._threads = threads
+        self._provider_options = provider_options
+        self._rungs = list(rungs)
+        self._is_sliding = _slides(file)
         self._one_thread: OnnxBackend | None = None
         self._loading = threading.Lock()
-        device = "cpu" if provider == FULL_NAMES["cpu"] else "cuda"
-        self._graph = DecoderGraph(session, device=device, head_size=_said_head_size(file))
+        self._session = session
+        self._graph = self._graph_of(session, provider)
+        self.provider = provider
         self.vocab_size = self._graph.vocab_size
+
+    def _graph_of(self, session: ort.InferenceSession, provider: str) -> DecoderGraph:
+        device = "cpu" if provider == FULL_NAMES["cpu"] else "cuda"
+        return DecoderGraph(session, device=device, head_size=_said_head_size(self._file))
+
+    @property
+    def _gaps(self) -> bool:
         # A sliding window counts places, so those of a model that has one must all be alive.
-        self._gaps = device != "cpu" and not _slides(file)
+        return self._graph.device != "cpu" and not self._is_sliding
 
     @classmethod
     def load(
@@ -90,7 +113,8 @@ class OnnxBackend:
         Args:
             folder: the model folder.
             provider: `"auto"`, `"tensorrt"`, `"cuda"` or `"cpu"`. `"auto"` takes the first that
-                really loads; a name asks for that one and no other.
+                really loads, and the next one when that fails in mid-run; a name asks for that one
+                and no other.
             threads: threads inside one forward; `None` takes the physical cores of this process.
             provider_options: handed verbatim to ONNX Runtime for an accelerator.
 
@@ -103,7 +127,14 @@ class OnnxBackend:
         session, found = open_session(
             path, provider=provider, threads=threads, provider_options=provider_options
         )
-        return cls(session, provider=found, file=path, threads=threads)
+        return cls(
+            session,
+            provider=found,
+            file=path,
+            threads=threads,
+            provider_options=provider_options,
+            rungs=rungs_below(found) if provider == "auto" else (),
+        )
 
     def for_batches(self) -> tuple[OnnxBackend, int]:
         """Return the backend to run a batch of texts on, and by how many threads at a time.
@@ -159,13 +190,55 @@ class OnnxBackend:
         return self._graph.masked and not self._graph.shared
 
     def _advance(self, row: Row) -> list[_Part]:
-        """Run one row block by block; return the parts that hold its wanted places."""
+        """Run one row block by block; return the parts that hold its wanted places.
+
+        Raises:
+            CacheLostError: the provider has failed, and the next one runs from now on.
+        """
+        graph = self._graph
+        _check_found(row)
+        try:
+            return self._advance_on(graph, row)
+        except (*_ABOUT_THE_INPUT, AlignerError):
+            raise
+        except Exception as error:  # ORT's own classes share no public base
+            if self._fall_from(graph, error):
+                raise CacheLostError from error
+            raise
+
+    def _fall_from(self, graph: DecoderGraph, error: Exception) -> bool:
+        """Go on with the next provider that loads, unless a thread has done so; False if there is none."""
+        with self._loading:
+            while self._graph is graph and self._rungs and _stamp(self._file) == self._stamp:
+                assert self._file is not None
+                try:
+                    session, found = open_session(
+                        self._file,
+                        provider=self._rungs.pop(0),
+                        threads=self._threads,
+                        provider_options=self._provider_options,
+                    )
+                except ProviderUnavailableError:
+                    continue
+                logger.warning(
+                    "provider %s failed while it ran with %s; %s runs from now on",
+                    *(self.provider, type(error).__name__, found),
+                )
+                logger.debug("what it said", exc_info=error)  # it may quote what it ran on
+                succeeding = self._graph_of(session, found)
+                graph.lost = True  # first, or a cache of the one could meet the other
+                self._session, self._graph, self.provider = session, succeeding, found
+            return self._graph is not graph
+
+    def _advance_on(self, graph: DecoderGraph, row: Row) -> list[_Part]:
         ids, cache, last = row.ids, cast(OnnxCache, row.cache), row.last
         parts = []
         for start in range(0, len(ids), _BLOCK):
+            if start and row.check is not None:
+                row.check()
             block = ids[start : start + _BLOCK]
             wanted = min(len(block), last - (len(ids) - start - len(block)))
-            output, first = cache.run(self._graph, block, last=max(wanted, 1), width=self._width(len(block)))
+            output, first = cache.run(graph, block, last=max(wanted, 1), width=self._width(len(block)))
             if wanted > 0:
                 parts.append(_Part(output, first, first + wanted, start + len(block)))
         return parts
@@ -176,6 +249,8 @@ class OnnxBackend:
 
     def _advance_together(self, rows: Sequence[Row]) -> list[Scores]:
         """Run many rows in one forward: what they hold is padded in front, their ids at the end."""
+        for row in rows:
+            _check_found(row)
         caches = [cast(GrowingCache, row.cache) for row in rows]
         lengths = [cache.length for cache in caches]
         held, width = max(lengths), self._width(max(len(row.ids) for row in rows))
@@ -203,6 +278,11 @@ class OnnxBackend:
             start = output.kept - width + len(row.ids) - row.last
             scores.append(output.of(at, start, start + row.last, row.ids))
         return scores
+
+
+def _check_found(row: Row) -> None:
+    if cast(OnnxCache, row.cache).lost:
+        raise CacheLostError
 
 
 def _check_last(row: Row) -> None:

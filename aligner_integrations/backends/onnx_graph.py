@@ -60,6 +60,7 @@ class DecoderGraph:
     ) -> None:
         self._session = session
         self.device = device
+        self.lost = False  # whether its provider has failed; then nothing on its device is to be used
         inputs = {node.name: node for node in session.get_inputs()}
         outputs = {node.name: node for node in session.get_outputs()}
         self.past = [name for name in inputs if name.startswith("past_key_values.")]
@@ -184,6 +185,11 @@ class OnnxCache(Protocol):
     """Keys and values of one sequence, and how a forward goes on from them."""
 
     @property
+    def lost(self) -> bool:
+        """Whether what it holds is on a device that has failed."""
+        ...
+
+    @property
     def length(self) -> int:
         """How many tokens it holds."""
         ...
@@ -212,6 +218,11 @@ class SharedCache:
         self._buffers: list[Value] = []  # (1, heads, room, head size) each
         self._room = 0
         self._length = 0
+
+    @property
+    def lost(self) -> bool:
+        """Whether what it holds is on a device that has failed."""
+        return self._graph.lost
 
     @property
     def length(self) -> int:
@@ -253,6 +264,11 @@ class GrowingCache:
         self._values = graph.make_buffers(1, 0)
         self._alive = np.zeros(0, dtype=np.int64)  # 1 for each place that holds a token of the sequence
         self._dead_places = _DEAD_PLACES if gaps and graph.masked else 0
+
+    @property
+    def lost(self) -> bool:
+        """Whether what it holds is on a device that has failed."""
+        return self._graph.lost
 
     @property
     def length(self) -> int:

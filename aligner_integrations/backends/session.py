@@ -9,10 +9,10 @@ import logging
 import mmap
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import onnxruntime as ort
 from onnxruntime.capi import _pybind_state as native
@@ -20,6 +20,8 @@ from onnxruntime.capi import _pybind_state as native
 from aligner_integrations.backends import providers
 from aligner_integrations.backends.providers import DRIVER, FULL_NAMES, GraphInput, ProfileShapes
 from aligner_integrations.errors import ModelLoadError, ProviderUnavailableError
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,13 @@ def open_session(
     )
 
 
+def rungs_below(found: str) -> list[str]:
+    """Return the providers, by their short names, that come after the one with this full name."""
+    names = providers.choose_providers("auto", ort.get_available_providers())
+    below = [name for name in names if FULL_NAMES[name] == found]
+    return names[names.index(below[0]) + 1 :] if below else []
+
+
 def available_cores() -> int:
     """Count the physical cores that this process may use (its affinity, hyper-threads once)."""
     if not hasattr(os, "sched_getaffinity"):
@@ -110,6 +119,7 @@ def _open_on(
 ) -> ort.InferenceSession:
     """Return a session on the provider called `name`, or say why not with `ProviderUnavailableError`."""
     wanted: list[Any] = [FULL_NAMES["cpu"]]
+    engines: Path | None = None
     if name != "cpu":
         _load_libraries(name)
         graph = read_graph(path)
@@ -119,11 +129,16 @@ def _open_on(
         # refusal (session.disable_cpu_ep_fallback) would refuse every decoder: it puts shapes on the CPU.
         wanted = [(FULL_NAMES["cuda"], providers.cuda_options(user)), *wanted]
         if name == "tensorrt":
-            wanted = [(FULL_NAMES["tensorrt"], _tensorrt_options(path, graph, user, shapes)), *wanted]
+            tensorrt = _tensorrt_options(path, graph, user, shapes)
+            wanted = [(FULL_NAMES["tensorrt"], tensorrt), *wanted]
+            engines = Path(tensorrt.get("trt_engine_cache_path", ""))
     try:
         # Without enable_fallback=0 a provider that fails later is swapped for the CPU, with a print.
-        session = ort.InferenceSession(
-            os.fspath(path), sess_options=options, providers=wanted, enable_fallback=0
+        session = without_bad_engines(
+            engines,
+            lambda: ort.InferenceSession(
+                os.fspath(path), sess_options=options, providers=wanted, enable_fallback=0
+            ),
         )
     except (MemoryError, KeyboardInterrupt):
         raise
@@ -140,6 +155,23 @@ def _open_on(
         if reason := providers.explain_placement(name, placed):
             raise ProviderUnavailableError(reason)
     return session
+
+
+def without_bad_engines(folder: Path | None, make: Callable[[], T]) -> T:
+    """Return what `make` gives; if it fails with engines that we kept in `folder`, once more without them."""
+    try:
+        return make()
+    except (MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        ours = folder is not None and folder.is_relative_to(providers.engine_cache_folder())
+        kept = [file for file in folder.iterdir() if file.is_file()] if folder and ours else []
+        if not any(file.suffix == ".engine" for file in kept):
+            raise
+        logger.warning("engines kept in %s do not load (%s); they are built anew", folder, error)
+        for file in kept:
+            file.unlink(missing_ok=True)
+        return make()
 
 
 def _unknown_to(name: str, graph: Graph) -> str | None:

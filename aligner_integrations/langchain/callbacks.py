@@ -44,6 +44,8 @@ class StreamAlignerCallbackHandler(Listening, BaseCallbackHandler):
         on_error: What a failed correction does: `"raise"`, `"pass_through"` (the original is shown) or
             `"withhold"` (`withheld_text` is shown in its place).
         withheld_text: Stands for a sentence that was withheld.
+        sentence_seconds: A correction that takes longer is dropped and has failed; None: no limit.
+        answer_seconds: So long the corrections of one answer may take in all; None: no limit.
         feedback: Tells the aligner what to look for.
         edit_margin: Overrides the model's own margin, in logits.
         buffer_size: How many segments wait for iteration before the run has to.

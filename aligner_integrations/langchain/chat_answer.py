@@ -75,12 +75,15 @@ class ChatAnswer:
             self._sink(segment)
 
 
+_FAILED = ("correction_failed", "deadline")
+
+
 def _cost(segments: Sequence[Segment]) -> dict[str, Any]:
     stats = [segment.stats for segment in segments]
     return {
         "sentences": len(segments),
         "changed": sum(segment.changed for segment in segments),
-        "failed": sum(any(f.check == "correction_failed" for f in s.findings) for s in segments),
+        "failed": sum(any(f.check in _FAILED for f in s.findings) for s in segments),
         "forwards": sum(one.forwards for one in stats),
         "prompt_tokens": sum(one.prompt_tokens - one.cached_tokens for one in stats),
         "new_tokens": sum(one.new_tokens for one in stats),

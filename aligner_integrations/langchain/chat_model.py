@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self, TypeVar, cast
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput, ModelProfile
+from langchain_core.language_models.chat_models import generate_from_stream
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
@@ -18,9 +19,13 @@ from langchain_core.runnables.config import ensure_config
 from pydantic import ConfigDict, Field, PrivateAttr, model_validator
 
 from aligner_integrations.aligner import Aligner
+from aligner_integrations.closed_loop import MAX_RESTARTS
+from aligner_integrations.continuation import Continuation
 from aligner_integrations.correction import Segment
 from aligner_integrations.langchain.answers import slices
 from aligner_integrations.langchain.chat_answer import ChatAnswer
+from aligner_integrations.langchain.closed_answer import ClosedAnswer, astream_closed, stream_closed
+from aligner_integrations.langchain.continuation import chosen, going_on
 from aligner_integrations.langchain.jobs import apart, arun, run
 from aligner_integrations.langchain.messages import without_raw_keys
 from aligner_integrations.langchain.upstream import (
@@ -32,6 +37,8 @@ from aligner_integrations.langchain.upstream import (
 )
 from aligner_integrations.options import CorrectionOptions, is_structured, load_bundled
 from aligner_integrations.resilience import WITHHELD_TEXT, OnError
+
+T = TypeVar("T")
 
 
 class AlignedChatModel(BaseChatModel):
@@ -47,10 +54,18 @@ class AlignedChatModel(BaseChatModel):
     Args:
         model: The chat model to wrap.
         aligner: What corrects; without one the bundled model is loaded on first use.
-        loop: `"open"`: each sentence is corrected on its own way out.
+        loop: `"open"`: each sentence is corrected on its own way out. `"closed"`: where a sentence changed,
+            the wrapped model goes on from the corrected text. It is then always called as a stream.
+        continuation: How the wrapped model is made to go on. `"auto"`: the best way that it is known to have,
+            else `"instruct"`, which any chat model takes. Say `"prefill"` if its API goes on from a last
+            message of the assistant, `"prefix"` if that message needs `prefix: true` (Mistral, DeepSeek),
+            `"continue_final_message"` if a server like vLLM needs that option.
+        max_restarts: How often the wrapped model may be interrupted in one answer.
         on_error: What a failed correction does: `"raise"`, `"pass_through"` (the original is shown) or
             `"withhold"` (`withheld_text` is shown in its place).
         withheld_text: Stands for a sentence that was withheld.
+        sentence_seconds: A correction that takes longer is dropped and has failed; None: no limit.
+        answer_seconds: So long the corrections of one answer may take in all; None: no limit.
         feedback: Tells the aligner what to look for.
         edit_margin: Overrides the model's own margin, in logits.
         thoughts: Whether text beside tool calls is corrected too. Without it, the sentence that a tool call
@@ -65,9 +80,13 @@ class AlignedChatModel(BaseChatModel):
 
     model: BaseChatModel
     aligner: Aligner | None = Field(default=None, exclude=True)
-    loop: Literal["open"] = "open"
+    loop: Literal["open", "closed"] = "open"
+    continuation: Continuation = "auto"
+    max_restarts: int = Field(default=MAX_RESTARTS, ge=0)
     on_error: OnError = "raise"
     withheld_text: str = WITHHELD_TEXT
+    sentence_seconds: float | None = Field(default=None, gt=0.0)
+    answer_seconds: float | None = Field(default=None, gt=0.0)
     feedback: str = ""
     edit_margin: float | None = Field(default=None, ge=0.0)
     thoughts: bool = True
@@ -115,12 +134,13 @@ class AlignedChatModel(BaseChatModel):
     def _identifying_params(self) -> dict[str, Any]:
         """What tells answers apart in a cache: the wrapped model, the aligner, and how it corrects."""
         aligner = self.aligner or load_bundled()
-        own = ("loop", "on_error", "withheld_text", "feedback", "edit_margin", "thoughts")
+        own = ["loop", "continuation", "max_restarts", "feedback", "edit_margin", "thoughts"]
+        own += CorrectionOptions.of(self).errors()
         return {
             "model": {"type": self.model._llm_type, **self.model._identifying_params},
             "aligner": {
                 "source": aligner.source,
-                "safeguards": aligner.safeguards,
+                "safeguards": aligner.safeguard_policy.to_dict(),
                 **asdict(aligner.config),
                 **asdict(aligner.decode_config),
             },
@@ -237,8 +257,11 @@ class AlignedChatModel(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        if self.trace_original and run_manager:
-            config = child_config(run_manager)
+        config = child_config(run_manager) if self.trace_original and run_manager else None
+        if answer := self._closed_answer(messages, kwargs):
+            ask = self._ask(stream_chunks, messages, config, stop, kwargs)
+            return generate_from_stream(_generations(stream_closed(answer, ask)))
+        if config:
             result = as_result(self.model.invoke(messages, config, stop=stop, **kwargs))
         else:
             result = self.model._generate_with_cache(messages, stop=stop, **kwargs)
@@ -253,8 +276,12 @@ class AlignedChatModel(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        if self.trace_original and run_manager:
-            config = child_config(run_manager)
+        config = child_config(run_manager) if self.trace_original and run_manager else None
+        if answer := self._closed_answer(messages, kwargs):
+            ask = self._ask(astream_chunks, messages, config, stop, kwargs)
+            parts = [part async for part in astream_closed(answer, ask)]
+            return generate_from_stream(_generations(parts))
+        if config:
             result = as_result(await self.model.ainvoke(messages, config, stop=stop, **kwargs))
         else:
             result = await self.model._agenerate_with_cache(messages, stop=stop, **kwargs)
@@ -268,6 +295,11 @@ class AlignedChatModel(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
+        if closed := self._closed_answer(messages, kwargs):
+            ask = self._ask(stream_chunks, messages, self._traced, stop, kwargs)
+            with closing(stream_closed(closed, ask)) as parts:
+                yield from _generations(parts)
+            return
         answer = self._answer(messages, kwargs)
         with closing(stream_chunks(self.model, messages, self._traced, stop=stop, **kwargs)) as chunks:
             for chunk in chunks:
@@ -282,6 +314,12 @@ class AlignedChatModel(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
+        if closed := self._closed_answer(messages, kwargs):
+            ask = self._ask(astream_chunks, messages, self._traced, stop, kwargs)
+            async with aclosing(astream_closed(closed, ask)) as parts:
+                async for message in parts:
+                    yield ChatGenerationChunk(message=as_chunk(message))
+            return
         answer = self._answer(messages, kwargs)
         upstream = astream_chunks(self.model, messages, self._traced, stop=stop, **kwargs)
         async with aclosing(upstream) as chunks:
@@ -292,12 +330,45 @@ class AlignedChatModel(BaseChatModel):
         for part in _generations([*await arun(answer.close()), *answer.receipt()]):
             yield part
 
+    def _closed_answer(self, messages: list[BaseMessage], kwargs: Mapping[str, Any]) -> ClosedAnswer | None:
+        """Return an answer that comes in rounds; None where the loop is open, and for data."""
+        if self.loop == "open" or self._is_structured(kwargs):
+            return None
+        return ClosedAnswer(
+            CorrectionOptions.of(self),
+            messages,
+            thoughts=self.thoughts,
+            structured=False,
+            sink=self.sink,
+            max_restarts=self.max_restarts,
+            repeats=chosen(self.continuation, self.model) == "instruct",
+        )
+
+    def _ask(
+        self,
+        chunks: Callable[..., T],
+        messages: list[BaseMessage],
+        traced: RunnableConfig | None,
+        stop: list[str] | None,
+        kwargs: dict[str, Any],
+    ) -> Callable[[str], T]:
+        """Return how the wrapped model is asked for what comes after a prefix."""
+
+        def ask(prefix: str) -> T:
+            asked, given = going_on(self.continuation, self.model, messages, kwargs, prefix)
+            return chunks(self.model, asked, traced, stop=stop, **given)
+
+        return ask
+
+    def _is_structured(self, kwargs: Mapping[str, Any]) -> bool:
+        return self._structured or is_structured(self.model, kwargs)
+
     def _answer(self, messages: list[BaseMessage], kwargs: Mapping[str, Any]) -> ChatAnswer:
         return ChatAnswer(
             CorrectionOptions.of(self),
             messages,
             thoughts=self.thoughts,
-            structured=self._structured or is_structured(self.model, kwargs),
+            structured=self._is_structured(kwargs),
             sink=self.sink,
         )
 
@@ -312,6 +383,6 @@ def _corrected(result: ChatResult, answers: list[ChatAnswer]) -> ChatResult:
     return ChatResult(generations=generations, llm_output=output)
 
 
-def _generations(messages: Sequence[BaseMessage]) -> Iterator[ChatGenerationChunk]:
+def _generations(messages: Iterable[BaseMessage]) -> Iterator[ChatGenerationChunk]:
     for message in messages:
         yield ChatGenerationChunk(message=as_chunk(message))

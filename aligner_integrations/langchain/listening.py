@@ -74,6 +74,8 @@ class Listening:
         question: str | None = None,
         on_error: OnError = "raise",
         withheld_text: str = WITHHELD_TEXT,
+        sentence_seconds: float | None = None,
+        answer_seconds: float | None = None,
         feedback: str = "",
         edit_margin: float | None = None,
         buffer_size: int = 256,
@@ -84,6 +86,8 @@ class Listening:
             aligner=aligner,
             on_error=on_error,
             withheld_text=withheld_text,
+            sentence_seconds=sentence_seconds,
+            answer_seconds=answer_seconds,
             feedback=feedback,
             edit_margin=edit_margin,
         )
@@ -110,7 +114,8 @@ class Listening:
         """Iterate over what comes, until the outermost run ends; the handler must have no sink.
 
         Raises:
-            Exception: with `on_error="raise"`, what the outermost run ended with.
+            Exception: with `on_error="raise"`, what the outermost run ended with; otherwise that only if it
+                is an error of this library, such as a model that cannot be loaded.
         """
         self._check_own()
         return iter(self._outlet)
@@ -279,7 +284,9 @@ class Listening:
             if number == self._first:
                 self._error = error  # the outermost run may have lived with what failed in it
             raised = self._error if isinstance(self._error, Exception) else None
-            self._outlet.end(raised if self._options.on_error == "raise" else None)
+            # What no policy hides (say, a model that cannot be loaded) must not look like the end.
+            hidden = self._options.on_error != "raise" and not isinstance(raised, AlignerError)
+            self._outlet.end(None if hidden else raised)
 
     def _vanished(self, root: int) -> None:
         """Forget a run that is no more and never said that it ended, and all that was in it."""

@@ -15,12 +15,15 @@ from typing import Any, TypeAlias, cast
 
 from langchain_core.messages import BaseMessage, BaseMessageChunk
 
+from aligner_integrations.closed_loop import LoopState
 from aligner_integrations.correction import Segment
 from aligner_integrations.langchain.jobs import Steps
 from aligner_integrations.stream import StreamCorrector
 
 # Opens a corrector for an answer that begins with this text, in the message with this id.
 OpenCorrector: TypeAlias = Callable[[str, str | None], StreamCorrector]
+# The same for an answer that comes, and whose upstream may be asked anew.
+OpenLoop: TypeAlias = Callable[[str, str | None], StreamCorrector | LoopState]
 
 _Block: TypeAlias = dict[str, Any]
 
@@ -47,13 +50,14 @@ class MessageStream:
     before it has gone out, so the order never changes.
 
     Without `thoughts` the sentence that a tool call ends, and what comes after the call, stay as they are.
+    Once a corrector that is a loop is stale, nothing more is taken: a new stream goes on with it.
     """
 
-    def __init__(self, open_corrector: OpenCorrector, *, thoughts: bool = True) -> None:
+    def __init__(self, open_corrector: OpenLoop, *, thoughts: bool = True) -> None:
         self._open = open_corrector
         self._thoughts = thoughts
         self._calling = False  # a tool call has begun, and thoughts are left alone
-        self._corrector: StreamCorrector | None = None
+        self._corrector: StreamCorrector | LoopState | None = None
         self._slot: object = None  # which text runs: None for string content, else its block's index
         self._frame: _Block | None = None  # the running text's block without its text
         self._received = 0  # characters of text so far ...
@@ -71,7 +75,8 @@ class MessageStream:
             raise TypeError(f"a stream of messages goes on with {type(chunk).__name__}; give messages only")
         if not isinstance(chunk, BaseMessageChunk):
             rest = yield from self.close()
-            whole = functools.partial(correct_message, chunk, self._open, thoughts=self._thoughts)
+            opened = cast(OpenCorrector, self._open)  # a loop is fed with chunks
+            whole = functools.partial(correct_message, chunk, opened, thoughts=self._thoughts)
             return [*rest, (yield whole)]
         chunk = cast(BaseMessageChunk, without_raw(chunk))
         self._latest = chunk
@@ -79,7 +84,8 @@ class MessageStream:
         before = self._received
         parts: list[_Part] = []
         for block in blocks:
-            parts += yield from self._take(block, chunk.id)
+            if not _is_stale(self._corrector):
+                parts += yield from self._take(block, chunk.id)
         if not self._thoughts and getattr(chunk, "tool_call_chunks", None):
             parts += self.leave()
         if getattr(chunk, "chunk_position", None) == "last":
@@ -119,7 +125,9 @@ class MessageStream:
                     else None
                 )
             self._received += len(text)
-            if self._corrector.feed(text):
+            waits = self._corrector.feed(text)
+            self._released += _skipped(self._corrector)
+            if waits:
                 parts += self._release((yield functools.partial(self._corrector.push, "")))
         if isinstance(block, dict) and (not block.keys() <= _TEXT_KEYS or self._is_new_id(block)):
             parts += self._hold({**block, "text": ""})  # annotations and the like
@@ -132,15 +140,23 @@ class MessageStream:
     def _finish(self) -> Steps[list[_Part]]:
         """End the running text."""
         corrector = self._let_go()
-        return self._release((yield corrector.close)) if corrector else []
+        if corrector is None:
+            return []
+        segments = yield corrector.close
+        self._released += _skipped(corrector)
+        return self._release(segments)
 
     def leave(self) -> list[_Part]:
         """A tool call begins: what is held of the text before it goes out as it is."""
         self._calling = True
         corrector = self._let_go()
-        return self._release(corrector.release()) if corrector else []
+        if corrector is None:
+            return []
+        segments = corrector.release()
+        self._released += _skipped(corrector)
+        return self._release(segments)
 
-    def _let_go(self) -> StreamCorrector | None:
+    def _let_go(self) -> StreamCorrector | LoopState | None:
         """Return the corrector of the running text, which is none any more."""
         corrector, self._corrector, self._slot = self._corrector, None, None
         return corrector
@@ -264,6 +280,15 @@ def cut_message(chunk: BaseMessageChunk, texts: list[str]) -> list[BaseMessageCh
     *first, last = texts
     plain = [_plain(chunk).model_copy(update={"content": text}) for text in first]
     return [*plain, chunk.model_copy(update={"content": last}) if first else chunk]
+
+
+def _is_stale(corrector: StreamCorrector | LoopState | None) -> bool:
+    return isinstance(corrector, LoopState) and corrector.stale
+
+
+def _skipped(corrector: StreamCorrector | LoopState) -> int:
+    """Return how many characters, since it was last asked, will be in no segment."""
+    return corrector.take_skipped() if isinstance(corrector, LoopState) else 0
 
 
 def _is_call(block: str | _Block) -> bool:

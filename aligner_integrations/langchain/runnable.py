@@ -54,6 +54,8 @@ class AlignerRunnable(RunnableSerializable[Answer, Answer]):
         on_error: What a failed correction does: `"raise"`, `"pass_through"` (the original is shown) or
             `"withhold"` (`withheld_text` is shown in its place).
         withheld_text: Stands for a sentence that was withheld.
+        sentence_seconds: A correction that takes longer is dropped and has failed; None: no limit.
+        answer_seconds: So long the corrections of one answer may take in all; None: no limit.
         feedback: Tells the aligner what to look for; can be a configurable field.
         edit_margin: Overrides the model's own margin, in logits; can be a configurable field.
         sink: Called with every segment once it is corrected, for what the corrected text does not
@@ -66,6 +68,8 @@ class AlignerRunnable(RunnableSerializable[Answer, Answer]):
     question_key: str | None = None
     on_error: OnError = "raise"
     withheld_text: str = WITHHELD_TEXT
+    sentence_seconds: float | None = Field(default=None, gt=0.0)
+    answer_seconds: float | None = Field(default=None, gt=0.0)
     feedback: str = ""
     edit_margin: float | None = Field(default=None, ge=0.0)
     sink: Callable[[Segment], None] | None = Field(default=None, exclude=True)
@@ -77,6 +81,8 @@ class AlignerRunnable(RunnableSerializable[Answer, Answer]):
         question_key: str | None = None,
         on_error: OnError = "raise",
         withheld_text: str = WITHHELD_TEXT,
+        sentence_seconds: float | None = None,
+        answer_seconds: float | None = None,
         feedback: str = "",
         edit_margin: float | None = None,
         sink: Callable[[Segment], None] | None = None,
@@ -89,6 +95,8 @@ class AlignerRunnable(RunnableSerializable[Answer, Answer]):
             question_key=question_key,
             on_error=on_error,
             withheld_text=withheld_text,
+            sentence_seconds=sentence_seconds,
+            answer_seconds=answer_seconds,
             feedback=feedback,
             edit_margin=edit_margin,
             sink=sink,

@@ -25,6 +25,8 @@ from llama_index.core.tools import BaseTool
 from llama_index.core.types import TokenAsyncGen, TokenGen
 
 from aligner_integrations.aligner import Aligner
+from aligner_integrations.closed_loop import MAX_RESTARTS
+from aligner_integrations.continuation import claude_goes_on
 from aligner_integrations.llama_index.answer import LLMAnswer
 from aligner_integrations.llama_index.instrumentation import CorrectionSpan
 from aligner_integrations.llama_index.parts import Protocol, protocol_of
@@ -67,13 +69,16 @@ class AlignedLLM(StoresOptions, FunctionCallingLLM):
         llm: The LLM to wrap.
         aligner: What corrects; without one the bundled model is loaded on first use.
         loop: `"open"`: each sentence is corrected on its own way out. `"closed"`: where a sentence changed,
-            the wrapped LLM goes on from the corrected text. It needs a completion model, or `prefill`; calls
-            with tools are open all the same.
-        prefill: Whether the API continues a last message of the assistant, as Anthropic's, Mistral's and
-            DeepSeek's do.
+            the wrapped LLM goes on from the corrected text. Calls with tools are open all the same.
+        continuation: How a chat model is made to go on; a completion model just does. `"prefill"`: its API
+            goes on from a last message of the assistant. `"instruct"`: a message of the user asks for it.
+            `"auto"`: `"prefill"` for the Claude models that take it, else `"instruct"`.
+        max_restarts: How often the wrapped LLM may be interrupted in one answer.
         on_error: What a failed correction does: `"raise"`, `"pass_through"` (the original is shown) or
             `"withhold"` (`withheld_text` is shown in its place).
         withheld_text: Stands for a sentence that was withheld.
+        sentence_seconds: A correction that takes longer is dropped and has failed; None: no limit.
+        answer_seconds: So long the corrections of one answer may take in all; None: no limit.
         feedback: Tells the aligner what to look for.
         edit_margin: Overrides the model's own margin, in logits.
         thoughts: Whether text beside tool calls is corrected too, and what a ReAct agent thinks. Without it,
@@ -83,14 +88,16 @@ class AlignedLLM(StoresOptions, FunctionCallingLLM):
 
     Raises:
         TypeError: `llm` is no LLM, or another argument is of a wrong type.
-        ValueError: `loop` is `"closed"` and the LLM cannot continue from a prefix.
     """
 
     llm: SerializeAsAny[LLM]
     loop: Literal["open", "closed"] = "open"
-    prefill: bool = False
+    continuation: Literal["auto", "prefill", "instruct"] = "auto"
+    max_restarts: int = Field(default=MAX_RESTARTS, ge=0)
     on_error: OnError = "raise"
     withheld_text: str = WITHHELD_TEXT
+    sentence_seconds: float | None = Field(default=None, gt=0.0)
+    answer_seconds: float | None = Field(default=None, gt=0.0)
     feedback: str = ""
     edit_margin: float | None = Field(default=None, ge=0.0)
     thoughts: bool = True
@@ -102,9 +109,12 @@ class AlignedLLM(StoresOptions, FunctionCallingLLM):
         aligner: Aligner | None = None,
         *,
         loop: Literal["open", "closed"] = "open",
-        prefill: bool = False,
+        continuation: Literal["auto", "prefill", "instruct"] = "auto",
+        max_restarts: int = MAX_RESTARTS,
         on_error: OnError = "raise",
         withheld_text: str = WITHHELD_TEXT,
+        sentence_seconds: float | None = None,
+        answer_seconds: float | None = None,
         feedback: str = "",
         edit_margin: float | None = None,
         thoughts: bool = True,
@@ -121,9 +131,12 @@ class AlignedLLM(StoresOptions, FunctionCallingLLM):
             llm=llm,
             aligner=aligner,
             loop=loop,
-            prefill=prefill,
+            continuation=continuation,
+            max_restarts=max_restarts,
             on_error=on_error,
             withheld_text=withheld_text,
+            sentence_seconds=sentence_seconds,
+            answer_seconds=answer_seconds,
             feedback=feedback,
             edit_margin=edit_margin,
             thoughts=thoughts,
@@ -131,12 +144,6 @@ class AlignedLLM(StoresOptions, FunctionCallingLLM):
             **{name: getattr(llm, name) for name in _TAKEN_OVER} | more,
         )
         CorrectionOptions.of(self)  # checks them
-        if self.loop == "closed" and llm.metadata.is_chat_model and not self.prefill:
-            raise ValueError(
-                f"loop='closed' needs an LLM that continues from a prefix, and {llm.class_name()} is a chat "
-                "model; give prefill=True if its API continues a last message of the assistant, else "
-                "loop='open'"
-            )
 
     @classmethod
     def class_name(cls) -> str:
@@ -279,6 +286,16 @@ class AlignedLLM(StoresOptions, FunctionCallingLLM):
             raise ValueError(f"{self.llm.class_name()} does not call functions; take a ReActAgent for it")
         return self.llm
 
+    @property
+    def _instructed(self) -> bool:
+        """Whether the wrapped LLM has to be told to go on from what was shown."""
+        if not self.llm.metadata.is_chat_model:
+            return False
+        if self.continuation != "auto":
+            return self.continuation == "instruct"
+        kinds = {kind.__name__ for kind in type(self.llm).__mro__}
+        return "Anthropic" not in kinds or not claude_goes_on(self.llm.metadata.model_name)
+
     def _asking(
         self, prompt: BasePromptTemplate, prompt_args: Mapping[str, Any]
     ) -> AbstractContextManager[None]:
@@ -288,13 +305,13 @@ class AlignedLLM(StoresOptions, FunctionCallingLLM):
         closed = self.loop == "closed"
         protocol = None if is_prompted() else protocol_of(messages)
         answer = self._answer(messages, kwargs, protocol=protocol, closed=closed)
-        return chat_call(self.llm, answer, messages, kwargs, closed=closed)
+        return chat_call(self.llm, answer, messages, kwargs, closed=closed, instructed=self._instructed)
 
     def _completion(self, prompt: str, formatted: bool, kwargs: dict[str, Any]) -> Call[CompletionResponse]:
         closed = self.loop == "closed"
         answer = self._answer(prompt, kwargs, closed=closed)
         given = {**kwargs, "formatted": formatted}
-        return completion_call(self.llm, answer, prompt, given, closed=closed)
+        return completion_call(self.llm, answer, prompt, given, closed=closed, instructed=self._instructed)
 
     def _with_tools(
         self,
@@ -331,5 +348,7 @@ class AlignedLLM(StoresOptions, FunctionCallingLLM):
             thoughts=self.thoughts,
             protocol=protocol,
             closed=closed,
+            max_restarts=self.max_restarts,
+            repeats=self._instructed,
         )
         return LLMAnswer(open_text, span, thoughts=self.thoughts)

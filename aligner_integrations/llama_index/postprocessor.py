@@ -34,12 +34,16 @@ class AlignerPostprocessor(StoresOptions, BaseNodePostprocessor):
         on_error: What a failed correction does: `"raise"`, `"pass_through"` (the sentence stays as it is) or
             `"withhold"` (`withheld_text` takes its place).
         withheld_text: Stands for a sentence that was withheld.
+        sentence_seconds: A correction that takes longer is dropped and has failed; None: no limit.
+        answer_seconds: So long the corrections of one node may take in all; None: no limit.
         feedback: Tells the aligner what to look for.
         edit_margin: Overrides the model's own margin, in logits.
     """
 
     on_error: OnError = "raise"
     withheld_text: str = WITHHELD_TEXT
+    sentence_seconds: float | None = Field(default=None, gt=0.0)
+    answer_seconds: float | None = Field(default=None, gt=0.0)
     feedback: str = ""
     edit_margin: float | None = Field(default=None, ge=0.0)
 
@@ -49,6 +53,8 @@ class AlignerPostprocessor(StoresOptions, BaseNodePostprocessor):
         *,
         on_error: OnError = "raise",
         withheld_text: str = WITHHELD_TEXT,
+        sentence_seconds: float | None = None,
+        answer_seconds: float | None = None,
         feedback: str = "",
         edit_margin: float | None = None,
         **more: Any,
@@ -58,6 +64,8 @@ class AlignerPostprocessor(StoresOptions, BaseNodePostprocessor):
             aligner=aligner,
             on_error=on_error,
             withheld_text=withheld_text,
+            sentence_seconds=sentence_seconds,
+            answer_seconds=answer_seconds,
             feedback=feedback,
             edit_margin=edit_margin,
             **more,
@@ -98,8 +106,7 @@ class AlignerPostprocessor(StoresOptions, BaseNodePostprocessor):
             corrections = options.load().correct_batch(
                 [(question, text) for text in texts],
                 feedback=self.feedback,
-                on_error=self.on_error,
-                withheld_text=self.withheld_text,
+                **options.errors(),
             )
         except BaseException as error:
             for span in spans:

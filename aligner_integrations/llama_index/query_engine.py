@@ -45,6 +45,8 @@ class AlignerQueryEngine(BaseQueryEngine):
         on_error: What a failed correction does: `"raise"`, `"pass_through"` (the original is shown) or
             `"withhold"` (`withheld_text` is shown in its place).
         withheld_text: Stands for a sentence that was withheld.
+        sentence_seconds: A correction that takes longer is dropped and has failed; None: no limit.
+        answer_seconds: So long the corrections of one answer may take in all; None: no limit.
         feedback: Tells the aligner what to look for.
         edit_margin: Overrides the model's own margin, in logits.
         sink: Called with every segment once it is corrected; in async queries in a worker thread.
@@ -61,6 +63,8 @@ class AlignerQueryEngine(BaseQueryEngine):
         *,
         on_error: OnError = "raise",
         withheld_text: str = WITHHELD_TEXT,
+        sentence_seconds: float | None = None,
+        answer_seconds: float | None = None,
         feedback: str = "",
         edit_margin: float | None = None,
         sink: Sink | None = None,
@@ -76,6 +80,8 @@ class AlignerQueryEngine(BaseQueryEngine):
             aligner=aligner,
             on_error=on_error,
             withheld_text=withheld_text,
+            sentence_seconds=sentence_seconds,
+            answer_seconds=answer_seconds,
             feedback=feedback,
             edit_margin=edit_margin,
         )

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from contextlib import aclosing
 from typing import Literal, TypeAlias
 
-from aligner_integrations.closed_loop import MAX_RESTARTS, ClosedLoop
+from aligner_integrations.closed_loop import MAX_RESTARTS, LoopState
 from aligner_integrations.correction import Segment
 from aligner_integrations.llama_index.instrumentation import CorrectionSpan
 from aligner_integrations.llama_index.parts import PartKind, PartReader, Protocol
@@ -24,7 +24,7 @@ class AnswerText:
     Feed what arrives and take the steps that wait; each gives text that can be shown. Feeding is fast;
     a step may load a model or run one. An agent's `protocol` says what is no prose; without `thoughts` a
     ReAct agent's thoughts stay as they are, too. With `closed` the text becomes `stale` where upstream has
-    to be asked anew (see `ClosedLoop`).
+    to be asked anew (see `LoopState`).
     """
 
     def __init__(
@@ -37,6 +37,8 @@ class AnswerText:
         thoughts: bool = True,
         protocol: Protocol | None = None,
         closed: bool = False,
+        max_restarts: int = MAX_RESTARTS,
+        repeats: bool = False,
     ) -> None:
         self._options = options
         self._question = question
@@ -44,16 +46,17 @@ class AnswerText:
         self._sink = sink
         self._thoughts = thoughts
         self._closed = closed
-        self.restarts = MAX_RESTARTS  # that are left
+        self._repeats = repeats
+        self.restarts = max_restarts  # that are left
         self._reader = PartReader(protocol)
         self._left = False
-        self._corrector: StreamCorrector | ClosedLoop | None = None
+        self._corrector: StreamCorrector | LoopState | None = None
         self._parts: deque[tuple[PartKind | Literal["end", "leave"], str]] = deque()
 
     @property
     def stale(self) -> bool:
         """Whether upstream is writing what follows text that nobody will see."""
-        return isinstance(self._corrector, ClosedLoop) and self._corrector.stale
+        return isinstance(self._corrector, LoopState) and self._corrector.stale
 
     @property
     def waiting(self) -> bool:
@@ -85,9 +88,9 @@ class AnswerText:
         """Go on after `shown`, which ends with the sentence that made the text stale."""
         self._parts.clear()
         self._reader.rewind(shown)
-        self.restarts -= 1
-        assert isinstance(self._corrector, ClosedLoop)
+        assert isinstance(self._corrector, LoopState)
         self._corrector.restart()
+        self.restarts = self._corrector.left
 
     def step(self) -> str:
         """Do the next thing that waits and return what can be shown of it, which may be nothing.
@@ -96,14 +99,14 @@ class AnswerText:
             CorrectionFailedError: the model failed and `on_error` is `"raise"`.
         """
         if self._corrector is not None and self._corrector.waiting:
-            return self._corrector.step().text
+            return self._step(self._corrector)
         kind, part = self._parts[0]
         if self._is_prose(kind):
             self._open().feed(part)
         elif kind == "leave":
             part = self._release()
         elif self._corrector is not None and _end(self._corrector, last=kind == "end"):
-            return self._corrector.step().text
+            return self._step(self._corrector)
         else:
             self._corrector = None
         self._parts.popleft()
@@ -112,6 +115,12 @@ class AnswerText:
         if kind != "leave":  # what is left was noted sentence by sentence
             self.span.pass_by(part)
         return part
+
+    def _step(self, corrector: StreamCorrector | LoopState) -> str:
+        shown = corrector.step().text
+        if isinstance(corrector, LoopState):
+            self.restarts = corrector.left
+        return shown
 
     def _is_prose(self, kind: str) -> bool:
         return kind == "prose" or (kind == "thought" and self._thoughts)
@@ -127,11 +136,15 @@ class AnswerText:
         for kind, part in self._reader.read("", last=True):
             self._take(kind, part)
 
-    def _open(self) -> StreamCorrector | ClosedLoop:
+    def _open(self) -> StreamCorrector | LoopState:
         if self._corrector is None:
             self.span.begin()
             corrector = self._options.open(self._question, self._note)
-            self._corrector = ClosedLoop(corrector, max_restarts=self.restarts) if self._closed else corrector
+            self._corrector = (
+                LoopState(corrector, max_restarts=self.restarts, repeats=self._repeats)
+                if self._closed
+                else corrector
+            )
         return self._corrector
 
     def _release(self) -> str:
@@ -144,8 +157,8 @@ class AnswerText:
             self._sink(placed)
 
 
-def _end(corrector: StreamCorrector | ClosedLoop, *, last: bool) -> bool:
-    return corrector.end(last=last) if isinstance(corrector, ClosedLoop) else corrector.end()
+def _end(corrector: StreamCorrector | LoopState, *, last: bool) -> bool:
+    return corrector.end(last=last) if isinstance(corrector, LoopState) else corrector.end()
 
 
 def steps(text: AnswerText) -> Generator[str]:

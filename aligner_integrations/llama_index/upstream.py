@@ -27,6 +27,8 @@ from llama_index.core.tools import BaseTool
 
 from aligner_integrations.llama_index.answer import LLMAnswer, R
 from aligner_integrations.llama_index.instrumentation import amarked, marked, original
+from aligner_integrations.read_ahead import READ_AHEAD, AsyncReadAhead, read_ahead
+from aligner_integrations.template import GO_ON
 
 Ask: TypeAlias = Callable[[str], Generator[R]]
 AAsk: TypeAlias = Callable[[str], Awaitable[AsyncGenerator[R]]]
@@ -74,7 +76,7 @@ class Call(Generic[R]):
             return self.ask_stream("")
         with original():
             responses = self.ask_stream("")
-        return _stream(self.answer, self.ask_stream, responses)
+        return _stream(self.answer, self.ask_stream, responses, closed=self.closed)
 
     async def astream(self) -> AsyncGenerator[R]:
         """Ask at once; return the responses as they come. Closing them closes the wrapped LLM's."""
@@ -82,7 +84,7 @@ class Call(Generic[R]):
             return await self.aask_stream("")
         with original():
             responses = await self.aask_stream("")
-        return _astream(self.answer, self.aask_stream, responses)
+        return _astream(self.answer, self.aask_stream, responses, closed=self.closed)
 
 
 def _corrected(answer: LLMAnswer[R], response: R) -> R:
@@ -91,10 +93,10 @@ def _corrected(answer: LLMAnswer[R], response: R) -> R:
         return answer.whole()
 
 
-def _stream(answer: LLMAnswer[R], ask: Ask[R], responses: Generator[R]) -> Generator[R]:
+def _stream(answer: LLMAnswer[R], ask: Ask[R], responses: Generator[R], *, closed: bool) -> Generator[R]:
     with answer.span.around():
         while True:
-            with closing(marked(responses)) as said:
+            with closing(read_ahead(marked(responses), READ_AHEAD if closed else 0)) as said:
                 for response in said:
                     answer.feed(response)
                     yield from answer.ready()
@@ -110,10 +112,12 @@ def _stream(answer: LLMAnswer[R], ask: Ask[R], responses: Generator[R]) -> Gener
                 responses = ask(answer.prefix)
 
 
-async def _astream(answer: LLMAnswer[R], ask: AAsk[R], responses: AsyncGenerator[R]) -> AsyncGenerator[R]:
+async def _astream(
+    answer: LLMAnswer[R], ask: AAsk[R], responses: AsyncGenerator[R], *, closed: bool
+) -> AsyncGenerator[R]:
     with answer.span.around():
         while True:
-            async with aclosing(amarked(responses)) as said:
+            async with aclosing(AsyncReadAhead(amarked(responses), READ_AHEAD if closed else 0)) as said:
                 async for response in said:
                     answer.feed(response)
                     async for ready in answer.aready():
@@ -138,12 +142,13 @@ def chat_call(
     kwargs: dict[str, Any],
     *,
     closed: bool,
+    instructed: bool,
 ) -> Call[ChatResponse]:
     """Return a call that answers `messages`."""
 
     def ask(prefix: str) -> Generator[ChatResponse]:
         if not prefix or llm.metadata.is_chat_model:
-            return llm.stream_chat(_with_prefix(messages, prefix), **kwargs)
+            return llm.stream_chat(_with_prefix(messages, prefix, instructed=instructed), **kwargs)
         prompt = _rendered(llm, messages) + prefix
         return stream_completion_response_to_chat_response(
             llm.stream_complete(prompt, formatted=True, **kwargs)
@@ -151,7 +156,7 @@ def chat_call(
 
     async def aask(prefix: str) -> AsyncGenerator[ChatResponse]:
         if not prefix or llm.metadata.is_chat_model:
-            return await llm.astream_chat(_with_prefix(messages, prefix), **kwargs)
+            return await llm.astream_chat(_with_prefix(messages, prefix, instructed=instructed), **kwargs)
         prompt = _rendered(llm, messages) + prefix
         completions = await llm.astream_complete(prompt, formatted=True, **kwargs)
         return astream_completion_response_to_chat_response(completions)
@@ -173,6 +178,7 @@ def completion_call(
     kwargs: dict[str, Any],
     *,
     closed: bool,
+    instructed: bool,
 ) -> Call[CompletionResponse]:
     """Return a call that completes `prompt`; `kwargs` says whether it is `formatted` already."""
 
@@ -189,14 +195,14 @@ def completion_call(
 
     def ask(prefix: str) -> Generator[CompletionResponse]:
         if prefix and chats:
-            responses = llm.stream_chat(_with_prefix(messages, prefix), **rest)
+            responses = llm.stream_chat(_with_prefix(messages, prefix, instructed=instructed), **rest)
             return stream_chat_response_to_completion_response(responses)
         text, given = more(prefix)
         return llm.stream_complete(text, **given)
 
     async def aask(prefix: str) -> AsyncGenerator[CompletionResponse]:
         if prefix and chats:
-            responses = await llm.astream_chat(_with_prefix(messages, prefix), **rest)
+            responses = await llm.astream_chat(_with_prefix(messages, prefix, instructed=instructed), **rest)
             return astream_chat_response_to_completion_response(responses)
         text, given = more(prefix)
         return await llm.astream_complete(text, **given)
@@ -252,9 +258,10 @@ async def atold(
     return cast(T, await chat(llm, messages, **kwargs))
 
 
-def _with_prefix(messages: Sequence[ChatMessage], prefix: str) -> list[ChatMessage]:
+def _with_prefix(messages: Sequence[ChatMessage], prefix: str, *, instructed: bool) -> list[ChatMessage]:
     more = [ChatMessage(role=MessageRole.ASSISTANT, content=prefix)] if prefix else []
-    return [*messages, *more]
+    told = [ChatMessage(role=MessageRole.USER, content=GO_ON)] if prefix and instructed else []
+    return [*messages, *more, *told]
 
 
 def _rendered(llm: LLM, messages: Sequence[ChatMessage]) -> str:

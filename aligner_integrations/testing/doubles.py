@@ -14,11 +14,13 @@ from typing import TypeAlias
 import numpy as np
 import tokenizers  # type: ignore[import-untyped, unused-ignore]
 
-from aligner_integrations.aligner import Aligner, SafeguardMode
+from aligner_integrations.aligner import Aligner
 from aligner_integrations.backends.base import Ids, KVCache, Logits
 from aligner_integrations.config import AlignerConfig, DecodeConfig, Granularity
 from aligner_integrations.correction import DecodeStats
 from aligner_integrations.decode import draft_decode, greedy_decode
+from aligner_integrations.policy import Safeguards
+from aligner_integrations.resilience import CircuitBreaker
 from aligner_integrations.template import TINY_TOKENS
 from aligner_integrations.tokenizer import Tokenizer
 
@@ -82,13 +84,15 @@ def scripted_aligner(
     *,
     granularity: Granularity = "sentence",
     delay: float = 0.0,
-    safeguards: SafeguardMode = "off",
+    safeguards: Safeguards = "off",
+    breaker: CircuitBreaker | None = None,
 ) -> Aligner:
     """Return an aligner whose model is `rule(question, prefix, sentence) -> text`.
 
     With `granularity="answer"` the rule gets the whole answer as `sentence` and an empty prefix. A rule
     that raises is a failing correction. `delay` is slept once per correction, in seconds. Safeguards
-    are off, so that a rule may write anything; `"keep_original"` turns them on.
+    are off, so that a rule may write anything; they are chosen as in `Aligner.from_pretrained`. `breaker` is
+    the aligner's.
     """
     tokenizer = byte_tokenizer()
 
@@ -113,7 +117,7 @@ def scripted_aligner(
     keep = TINY_TOKENS[_KEEP] if granularity == "sentence" else None
     config = AlignerConfig("tiny", granularity, keep_token=keep, max_length=1 << 20)
     decode = DecodeConfig(max_new_tokens=1 << 16)  # a rule may write more than a model would dare
-    return Aligner(backend, tokenizer, config, decode=decode, safeguards=safeguards)
+    return Aligner(backend, tokenizer, config, decode=decode, safeguards=safeguards, breaker=breaker)
 
 
 def replay_correction(

@@ -1,4 +1,4 @@
-"""Forwards of many threads in one: each gets its own, none waits for nobody, a failure reaches all."""
+"""Forwards of many threads in one: each gets its own, none waits for nobody, a failure stays with its row."""
 
 from __future__ import annotations
 
@@ -134,6 +134,58 @@ def test_a_failure_reaches_every_row_and_the_next_round_is_well(error: Exception
                 run.result(LONG)
     broken.clear()
     assert decode(gathered, [5, 6], [7]).ids == decode(model(), [5, 6], [7]).ids
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_t20_rows_that_are_too_much_together_run_alone(when: str) -> None:
+    """Out of memory for all at once, before the caches were written or after."""
+    work = texts(6)
+    wanted = [decode(model(), *each).ids for each in work]
+
+    class Cramped(Counted):
+        def score(self, rows: Sequence[Row]) -> list[Scores]:
+            self.sizes.append(len(rows))
+            if len(rows) > 1 and when == "before":
+                raise MemoryError("no room")
+            scores = model().score(rows)
+            if len(rows) > 1:
+                raise MemoryError("no room")
+            return scores
+
+    inner = Cramped()
+    gathered = Gathering(inner, wait=LONG, max_tokens=1 << 20)
+    start = threading.Barrier(6)
+
+    def run(each: tuple[Ids, Ids]) -> Ids:
+        start.wait(LONG)
+        return decode(gathered, *each).ids
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(run, work)) == wanted
+    assert max(inner.sizes) > 1
+
+
+def test_t20_a_row_that_fails_leaves_the_others_alone() -> None:
+    work = texts(5)
+    wanted = [decode(model(), *each).ids for each in work]
+    poisoned = [*work, ([9, 9, 9], [9, 9])]
+
+    def fail(rows: Sequence[Row]) -> None:
+        if any(row.ids[:3] == [9, 9, 9] for row in rows):
+            raise ValueError("bad row")
+
+    gathered = Gathering(Counted(fail), wait=LONG, max_tokens=1 << 20)
+    start = threading.Barrier(6)
+
+    def run(each: tuple[Ids, Ids]) -> Ids | str:
+        start.wait(LONG)
+        try:
+            return decode(gathered, *each).ids
+        except ValueError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(run, poisoned)) == [*wanted, "bad row"]
 
 
 def test_an_interrupt_in_the_thread_that_runs_leaves_none_waiting() -> None:

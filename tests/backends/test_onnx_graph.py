@@ -121,6 +121,7 @@ def test_a_long_input_goes_through_in_blocks(backend: object, monkeypatch: pytes
 
     class Watched:
         length = property(lambda self: inner.length)
+        lost = False
 
         def run(self, graph: DecoderGraph, ids: Ids, *, last: int, width: int) -> object:
             widths.append(len(ids))
@@ -129,6 +130,13 @@ def test_a_long_input_goes_through_in_blocks(backend: object, monkeypatch: pytes
     found = model.score([Row(IDS, cast(OnnxCache, Watched()), 60)])[0]
     assert widths == [32] * 6 + [8]
     assert_same(found, wanted)
+    # Whoever waits for it may give it up in between.
+    widths.clear()
+    inner = model.make_cache()
+    left = iter((None, None))
+    with pytest.raises(StopIteration):
+        model.score([Row(IDS, cast(OnnxCache, Watched()), 60, lambda: next(left))])
+    assert widths == [32] * 3
 
 
 @pytest.mark.parametrize("last", [0, 4])

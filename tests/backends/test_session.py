@@ -12,13 +12,19 @@ import onnxruntime as ort
 import pytest
 from huggingface_hub import constants
 
-from aligner_integrations.backends.providers import FULL_NAMES, ProfileShapes, explain_placement
+from aligner_integrations.backends.providers import (
+    FULL_NAMES,
+    ProfileShapes,
+    engine_cache_folder,
+    explain_placement,
+)
 from aligner_integrations.backends.session import (
     _tensorrt_options,
     _unknown_to,
     available_cores,
     open_session,
     read_graph,
+    without_bad_engines,
 )
 from aligner_integrations.errors import ModelLoadError, ProviderUnavailableError
 from tests.models_for_tests import fused_model, onnx_model
@@ -110,6 +116,37 @@ def test_engines_are_kept_apart_by_all_they_depend_on(
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "file"))
     options = _tensorrt_options(path, read_graph(path), {}, ProfileShapes())
     assert "trt_engine_cache_enable" not in options and "trt_profile_max_shapes" in options
+
+
+def test_t20_bad_engines_are_deleted_and_built_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    ours, users = engine_cache_folder() / "key", tmp_path / "users"
+    path = onnx_model(0) / "model.onnx"
+
+    def make() -> ort.InferenceSession:
+        """What TensorRT does with an engine that it cannot read; everything after that is real."""
+        for folder in (ours, users):
+            for engine in folder.glob("*.engine"):
+                raise RuntimeError(f"cannot read {engine.name}")
+        return ort.InferenceSession(path)
+
+    for folder in (ours, users):
+        folder.mkdir(parents=True)
+        (folder / "one.engine").write_bytes(b"torn")
+        (folder / "one.profile").write_bytes(b"")
+        if folder == users:  # that is not ours to delete
+            with pytest.raises(RuntimeError, match="cannot read"):
+                without_bad_engines(folder, make)
+            assert len(list(folder.iterdir())) == 2
+        else:
+            assert without_bad_engines(folder, make).get_inputs()
+            assert list(folder.iterdir()) == []
+            assert "are built anew" in caplog.text
+    for nothing in (None, ours):  # no engine is to blame
+        with pytest.raises(RuntimeError, match="cannot read"):
+            without_bad_engines(nothing, make)
 
 
 @pytest.fixture

@@ -324,7 +324,7 @@ def test_several_models_in_one_run_stay_apart() -> None:
 
 
 @pytest.mark.parametrize("threads", [True, False])
-async def test_concurrent_runs_on_one_handler_do_not_cross(threads: bool) -> None:
+async def test_t13_concurrent_runs_on_one_handler_do_not_cross(threads: bool) -> None:
     echo = scripted_aligner(lambda question, prefix, sentence: question)
     got: list[RunSegment] = []
     model = LocalModel()
@@ -670,7 +670,7 @@ def test_a_model_that_says_its_tokens_itself_is_heard_once() -> None:
     assert "".join(map(str, got)) == MENDED
 
 
-async def test_a_cancel_in_mid_correction_shows_nothing_twice() -> None:
+async def test_t11_a_cancel_in_mid_correction_shows_nothing_twice() -> None:
     called = threading.Event()
 
     def slow(question: str, prefix: str, sentence: str) -> str:

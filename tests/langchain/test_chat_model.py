@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
+import json
 import operator
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -30,6 +31,7 @@ from pydantic import Field
 from aligner_integrations import Aligner
 from aligner_integrations.errors import CorrectionFailedError
 from aligner_integrations.langchain import AlignedChatModel, AlignerRunnable
+from aligner_integrations.policy import Safeguards
 from aligner_integrations.testing import scripted_aligner
 from tests.langchain.local_model import ANSWER, MENDED, LocalModel
 
@@ -557,3 +559,14 @@ def test_the_question_is_a_human_message_with_words() -> None:
 def test_a_deep_copy_shares_the_loaded_model() -> None:
     bundled = Aligner.from_pretrained()
     assert copy.deepcopy(AlignedChatModel(model=LocalModel(), aligner=bundled)).aligner is bundled
+
+
+def test_safeguards_tell_cached_answers_apart() -> None:
+    model = FakeListChatModel(responses=["one"])
+    chosen: tuple[Safeguards, ...] = ("keep_original", "off", {"length": "off"}, {"numbers": "accept"})
+    keys = set()
+    for safeguards in chosen:
+        aligner = scripted_aligner(lambda *fields: "", safeguards=safeguards)
+        aligned = AlignedChatModel(model=model, aligner=aligner)
+        keys.add(json.dumps(aligned._identifying_params["aligner"]["safeguards"], sort_keys=True))
+    assert len(keys) == len(chosen)

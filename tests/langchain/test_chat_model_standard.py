@@ -38,11 +38,27 @@ class _AroundLocal:
         return True
 
 
-class TestUnitAroundLocal(_AroundLocal, ChatModelUnitTests):
+class TestT23UnitAroundLocal(_AroundLocal, ChatModelUnitTests):
     pass
 
 
-class TestIntegrationAroundLocal(_AroundLocal, ChatModelIntegrationTests):
+class TestT23IntegrationAroundLocal(_AroundLocal, ChatModelIntegrationTests):
+    pass
+
+
+class _ClosedAroundLocal(_AroundLocal):
+    """Where it changed a sentence it asks anew."""
+
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {**super().chat_model_params, "loop": "closed"}
+
+
+class TestT23UnitClosedAroundLocal(_ClosedAroundLocal, ChatModelUnitTests):
+    pass
+
+
+class TestT23IntegrationClosedAroundLocal(_ClosedAroundLocal, ChatModelIntegrationTests):
     pass
 
 
@@ -68,11 +84,11 @@ class _AroundFake:
         return False
 
 
-class TestUnitAroundFake(_AroundFake, ChatModelUnitTests):
+class TestT23UnitAroundFake(_AroundFake, ChatModelUnitTests):
     pass
 
 
-class TestIntegrationAroundFake(_AroundFake, ChatModelIntegrationTests):
+class TestT23IntegrationAroundFake(_AroundFake, ChatModelIntegrationTests):
     pass
 
 
@@ -85,9 +101,23 @@ class _AroundGeneric(_AroundFake):
         return {"model": GenericFakeChatModel(messages=answers), "aligner": ALIGNER}
 
 
-class TestUnitAroundGeneric(_AroundGeneric, ChatModelUnitTests):
+class TestT23UnitAroundGeneric(_AroundGeneric, ChatModelUnitTests):
     pass
 
 
-class TestIntegrationAroundGeneric(_AroundGeneric, ChatModelIntegrationTests):
+class TestT23IntegrationAroundGeneric(_AroundGeneric, ChatModelIntegrationTests):
+    pass
+
+
+class _ClosedAroundGeneric(_AroundGeneric):
+    @property
+    def chat_model_params(self) -> dict[str, Any]:
+        return {**super().chat_model_params, "loop": "closed"}
+
+
+class TestT23UnitClosedAroundGeneric(_ClosedAroundGeneric, ChatModelUnitTests):
+    pass
+
+
+class TestT23IntegrationClosedAroundGeneric(_ClosedAroundGeneric, ChatModelIntegrationTests):
     pass

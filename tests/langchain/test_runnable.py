@@ -14,6 +14,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField, RunnableConfig, RunnableLambda, RunnablePassthrough
+from pydantic import ValidationError
 
 from aligner_integrations import Aligner
 from aligner_integrations import options as options_module
@@ -132,6 +133,20 @@ def test_on_error(form: str, at: str) -> None:
     assert run(form, passing, ANSWER, QUESTION) == shown
     withholding = AlignerRunnable(failing(at), on_error="withhold", withheld_text="[no]")
     assert run(form, withholding, ANSWER, QUESTION) == ANSWER.upper().replace(sentence.upper(), "[no]")
+
+
+def test_deadlines_are_configurable_fields() -> None:
+    runnable = AlignerRunnable(
+        scripted_aligner(lambda q, p, s: s.upper(), delay=0.3), on_error="pass_through"
+    )
+    field = ConfigurableField(id="limit")
+    limited = runnable.configurable_fields(sentence_seconds=field)
+    given = {"question": "Q?", "answer": "It is so."}
+    assert limited.invoke(given)["answer"] == "IT IS SO."
+    assert limited.invoke(given, {"configurable": {"limit": 0.05}})["answer"] == "It is so."
+    for wrong in (0.0, -1.0, "soon"):
+        with pytest.raises(ValidationError, match="sentence_seconds"):
+            AlignerRunnable(sentence_seconds=wrong)  # type: ignore[arg-type]
 
 
 def test_sentences_before_a_failing_one_are_shown() -> None:

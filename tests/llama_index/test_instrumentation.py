@@ -595,7 +595,7 @@ async def test_a_closed_loop_is_one_correction() -> None:
 
     upstream = ReplayLLM(answer=ANSWER, continue_from=go_on)
     for method in ("chat", "stream_chat", "achat", "astream_chat"):
-        aligned = AlignedLLM(upstream, mending(), loop="closed", prefill=True)
+        aligned = AlignedLLM(upstream, mending(), loop="closed", continuation="prefill")
         with hearing() as heard:
             shown = await drained(getattr(aligned, method)(MESSAGES))
         check_pairs(heard, "AlignedLLM")

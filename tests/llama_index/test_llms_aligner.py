@@ -53,6 +53,7 @@ from aligner_integrations.correction import Segment
 from aligner_integrations.errors import CorrectionFailedError, QuestionNotFoundError
 from aligner_integrations.llama_index import AlignedLLM
 from aligner_integrations.resilience import WITHHELD_TEXT, OnError
+from aligner_integrations.template import GO_ON
 from aligner_integrations.testing import scripted_aligner
 from aligner_integrations.testing.replay_llm import ReplayLLM
 from tests.llama_index.engines import ANSWER, BAD, CORRECTED, FIRST, GOOD, failing, mending, rag, replaying
@@ -308,7 +309,7 @@ def take_one(stream: Any) -> None:
 
 @pytest.mark.parametrize("way", ["close", "drop", "fail", "never read"])
 @pytest.mark.parametrize("form", [form for form in STREAMS if not form.startswith("a")])
-def test_an_early_end_closes_the_wrapped_llm(form: str, way: str) -> None:
+def test_t11_an_early_end_closes_the_wrapped_llm(form: str, way: str) -> None:
     upstream = replaying(chunk_size=1)
     stream = begin(AlignedLLM(upstream, mending()), form)
     if way != "never read":
@@ -325,7 +326,7 @@ def test_an_early_end_closes_the_wrapped_llm(form: str, way: str) -> None:
 
 @pytest.mark.parametrize("way", ["aclose", "drop", "cancel", "cancel while correcting", "never read"])
 @pytest.mark.parametrize("form", [form for form in STREAMS if form.startswith("a")])
-async def test_an_early_end_closes_the_wrapped_async_llm(form: str, way: str) -> None:
+async def test_t11_an_early_end_closes_the_wrapped_async_llm(form: str, way: str) -> None:
     begun, may_end = threading.Event(), threading.Event()
 
     def rule(question: str, prefix: str, sentence: str) -> str:
@@ -1158,20 +1159,18 @@ def test_what_is_no_llm_is_refused() -> None:
     [
         *({"aligner": 3}, {"on_error": "ignore"}, {"loop": "half"}, {"edit_margin": -1.0}, {"feedback": 3}),
         *({"withheld_text": None}, {"thoughts": "some"}, {"sink": 3}, {"on_eror": "raise"}, {"prefix": True}),
-        *({"edit_margin": "wide"}, {"prefill": "perhaps"}, {"edit_margin": float("nan")}),
+        *(
+            {"edit_margin": "wide"},
+            {"continuation": "perhaps"},
+            {"max_restarts": -1},
+            {"edit_margin": float("nan")},
+        ),
     ],
 )
 def test_wrong_options_are_refused_by_name(options: dict[str, Any]) -> None:
     (name,) = options
     with pytest.raises((TypeError, ValueError), match=name):
         AlignedLLM(replaying(), **options)
-
-
-def test_a_closed_loop_needs_an_llm_that_continues() -> None:
-    with pytest.raises(ValueError, match="ReplayLLM is a chat model; give prefill=True"):
-        AlignedLLM(replaying(), loop="closed")
-    assert AlignedLLM(replaying(), loop="closed", prefill=True).loop == "closed"
-    assert AlignedLLM(replaying(is_chat_model=False), loop="closed").loop == "closed"
 
 
 def test_it_is_shown_and_saved_without_the_aligner() -> None:
@@ -1236,14 +1235,14 @@ def crowd_answers() -> list[str]:
     return [f"I know {canary}. Asked by {canary}. So says {canary}." for canary in CROWD]
 
 
-def test_threads_do_not_cross() -> None:
+def test_t13_threads_do_not_cross() -> None:
     llm = crowded()
     with ThreadPoolExecutor(16) as threads:
         asked = threads.map(lambda canary, form: asyncio.run(shown(llm, form, canary)), CROWD, CROWD_FORMS)
         assert list(asked) == crowd_answers()
 
 
-async def test_tasks_do_not_cross() -> None:
+async def test_t13_tasks_do_not_cross() -> None:
     llm = crowded()
     forms = [form for form in FORMS if form.startswith("a")]
     asked = [shown(llm, forms[at % len(forms)], canary) for at, canary in enumerate(CROWD)]
@@ -1281,7 +1280,7 @@ def continuing(write: Write, *, is_chat_model: bool = False, **options: Any) -> 
 
 
 def closed(upstream: LLM, aligner: Aligner, **options: Any) -> AlignedLLM:
-    return AlignedLLM(upstream, aligner, loop="closed", prefill=True, **options)
+    return AlignedLLM(upstream, aligner, loop="closed", continuation="prefill", **options)
 
 
 @settings(max_examples=200)
@@ -1299,7 +1298,7 @@ def test_a_closed_loop_is_the_sequential_algorithm(
     naive = sequential(write, rule)
     upstream = continuing(write, is_chat_model=is_chat_model, chunk_size=chunk_size)
     assert asyncio.run(shown(closed(upstream, scripted_aligner(rule)), form)) == naive.text
-    assert len(upstream.prompts) == 1 + min(naive.changed, MAX_RESTARTS)
+    assert len(upstream.prompts) == 1 + naive.restarts
 
 
 @pytest.mark.parametrize("form", CLOSED_FORMS)
@@ -1334,14 +1333,39 @@ async def test_the_frame_of_a_completion_stays_around_its_prompt(form: str) -> N
 
 @pytest.mark.parametrize("form", CLOSED_FORMS)
 async def test_after_the_last_restart_all_is_corrected_still(form: str) -> None:
-    text = f"{BAD} " * 12
-
     def write(prefix: str) -> str:
-        return text[(len(BAD) + 1) * prefix.count(GOOD) :]
+        return "".join(f"{number}: {BAD} " for number in range(prefix.count(GOOD), 12))
 
-    upstream = continuing(write, chunk_size=11)
-    assert await shown(closed(upstream, mending()), form) == f"{GOOD} " * 12
-    assert len(upstream.prompts) == 1 + MAX_RESTARTS
+    for limit in (MAX_RESTARTS, 2):
+        upstream = continuing(write, chunk_size=11)
+        llm = closed(upstream, mending(), max_restarts=limit)
+        assert await shown(llm, form) == "".join(f"{number}: {GOOD} " for number in range(12))
+        assert len(upstream.prompts) == 1 + limit
+
+
+@pytest.mark.parametrize("form", CLOSED_FORMS)
+async def test_an_llm_of_which_nothing_is_known_is_told_to_go_on(form: str) -> None:
+    """What it repeats is removed."""
+    answers = {GO_ON: f"{GOOD} So smile.\nBye."}
+    upstream = ReplayLLM(answer=lambda asked: answers.get(asked, f"{FIRST}{BAD} So weep."))
+    llm = AlignedLLM(upstream, mending(), loop="closed")
+    assert await shown(llm, form) == f"{FIRST}{GOOD} So smile.\nBye."
+    _, second = upstream.prompts
+    assert [message.content for message in second[-2:]] == [f"{FIRST}{GOOD}", GO_ON]  # type: ignore[union-attr]
+
+
+def test_which_llms_are_known_to_go_on() -> None:
+    class Anthropic(ReplayLLM):
+        name: str
+
+        @property
+        def metadata(self) -> LLMMetadata:
+            return super().metadata.model_copy(update={"model_name": self.name})
+
+    for name, instructed in (("claude-sonnet-4-5", False), ("claude-opus-4-6", True)):
+        assert AlignedLLM(Anthropic(answer="", name=name), loop="closed")._instructed is instructed
+    assert AlignedLLM(replaying(), loop="closed")._instructed
+    assert not AlignedLLM(replaying(is_chat_model=False), loop="closed")._instructed
 
 
 @pytest.mark.parametrize("form", CLOSED_FORMS)
@@ -1383,7 +1407,7 @@ async def test_the_first_upstream_is_closed_before_the_second_is_asked(form: str
 
     def write(prefix: str) -> str:
         open_streams.append(upstream.open_streams)
-        return " Smile. Laugh. Sing." if prefix else f"{BAD} Weep. Cry."
+        return f" Smile. {'Laugh. ' * 40}" if prefix else f"{BAD} Weep. Cry."
 
     upstream = continuing(write, chunk_size=1)
     stream = begin(closed(upstream, mending()), form)
@@ -1399,7 +1423,7 @@ async def test_the_first_upstream_is_closed_before_the_second_is_asked(form: str
     await until(lambda: upstream.open_streams == 0)
     # Streams that LlamaIndex has wrapped for its callbacks are closed by the event loop, a little later.
     assert open_streams == [0, 0] or form.startswith("a")
-    assert upstream.handed_out < len(" Smile. Laugh. Sing.")
+    assert upstream.handed_out < len("Laugh. " * 20)  # what is read ahead is bounded
 
 
 async def test_calls_with_tools_are_open() -> None:
@@ -1482,13 +1506,14 @@ def test_restarts_are_counted_for_the_whole_answer() -> None:
     def write(prefix: str) -> str:
         assert len(upstream.prompts) < 3 * MAX_RESTARTS
         line = "\n" if prefix else ""
-        return f"{line}Thought: He lies.\nThought: He lies."
+        at = prefix.count("Thought")
+        return f"{line}Thought: {at} lies.\nThought: {at + 1} lies."
 
     rule = lambda question, prefix, sentence: sentence.replace("lies.", "lies!")  # noqa: E731
     upstream = continuing(write)
     text = added_up(list(closed(upstream, scripted_aligner(rule)).stream_chat(REACTING)))
     assert len(upstream.prompts) == 1 + MAX_RESTARTS
-    assert text == "\n".join(["Thought: He lies!"] * (MAX_RESTARTS + 2))
+    assert text == "\n".join(f"Thought: {at} lies!" for at in range(MAX_RESTARTS + 2))
 
 
 async def test_blocks_of_a_closed_loop() -> None:

@@ -516,6 +516,8 @@ def test_an_option_set_later_is_checked_when_it_is_used() -> None:
 OPTIONS: dict[str, Any] = {
     "on_error": "withhold",
     "withheld_text": "[gone]",
+    "sentence_seconds": 60.0,
+    "answer_seconds": 300.0,
     "feedback": "be kind",
     "edit_margin": 1.5,
 }

@@ -254,7 +254,7 @@ async def test_streams_print_corrected(capsys: pytest.CaptureFixture[str]) -> No
     assert str(aresponse) == CORRECTED
 
 
-def test_closing_a_stream_closes_the_llms() -> None:
+def test_t11_closing_a_stream_closes_the_llms() -> None:
     llm = replaying()
     response = streamed(AlignerQueryEngine(rag(llm), mending()))
     assert next(response.response_gen) == FIRST
@@ -278,7 +278,7 @@ def test_dropping_a_stream_closes_the_llms() -> None:
     assert llm.open_streams == 0
 
 
-def test_a_failing_reader_closes_the_llms_stream() -> None:
+def test_t11_a_failing_reader_closes_the_llms_stream() -> None:
     llm = replaying()
     engine = AlignerQueryEngine(rag(llm), mending())
     with pytest.raises(KeyError, match="reader"):
