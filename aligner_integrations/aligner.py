@@ -20,7 +20,6 @@ from aligner_integrations.defuse import Defuser
 from aligner_integrations.errors import AlignerError, CorrectionFailedError, ModelLoadError, TemplateError
 from aligner_integrations.errors import check_texts as check_texts
 from aligner_integrations.model_folder import HubOptions, RunOptions, load_model
-from aligner_integrations.policy import SafeguardPolicy, Safeguards, resolve_safeguards
 from aligner_integrations.resilience import (
     WITHHELD_TEXT,
     CircuitBreaker,
@@ -29,6 +28,7 @@ from aligner_integrations.resilience import (
     OnError,
 )
 from aligner_integrations.safeguards import guard_correction, is_kept
+from aligner_integrations.safeguards.policy import SafeguardPolicy, Safeguards, resolve_safeguards
 from aligner_integrations.sentences import SentenceBuffer
 from aligner_integrations.sentences import has_words as has_words
 from aligner_integrations.template import CorrectionTemplate

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from aligner_integrations import Aligner, Correction, DecodeConfig, Edit, Segment
 from aligner_integrations.errors import AlignerError, CorrectionFailedError, MissingDependencyError
-from aligner_integrations.policy import SafeguardMode
+from aligner_integrations.safeguards.policy import SafeguardMode
 
 if TYPE_CHECKING:
     from aligner_integrations.evaluation.figures import Report

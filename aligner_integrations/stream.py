@@ -14,9 +14,9 @@ from aligner_integrations.closed_loop import ClosedLoop as ClosedLoop
 from aligner_integrations.correction import Correction, Finding, FinishReason, Segment, make_edits
 from aligner_integrations.decode import PromptCache
 from aligner_integrations.errors import AlignerError, InputTooLongError
-from aligner_integrations.held import OpenBlocks
 from aligner_integrations.resilience import WITHHELD_TEXT, Budget, ErrorPolicy, OnError
 from aligner_integrations.safeguards import is_refusal
+from aligner_integrations.safeguards.held import OpenBlocks
 from aligner_integrations.sentences import Piece, SentenceBuffer, split_margins
 
 # A correction may be this many tokens longer than its sentence before the prefix has to make room.

@@ -6,7 +6,7 @@ import pytest
 
 from aligner_integrations import Aligner, DecodeConfig
 from aligner_integrations.config import Granularity
-from aligner_integrations.policy import SafeguardMode
+from aligner_integrations.safeguards.policy import SafeguardMode
 from aligner_integrations.testing import scripted_aligner
 
 QUESTION = "How many apples are left, and why?"

@@ -19,8 +19,8 @@ from aligner_integrations.backends.base import Ids, KVCache, Logits
 from aligner_integrations.config import AlignerConfig, DecodeConfig, Granularity
 from aligner_integrations.correction import DecodeStats
 from aligner_integrations.decode import draft_decode, greedy_decode
-from aligner_integrations.policy import Safeguards
 from aligner_integrations.resilience import CircuitBreaker
+from aligner_integrations.safeguards.policy import Safeguards
 from aligner_integrations.template import TINY_TOKENS
 from aligner_integrations.tokenizer import Tokenizer
 

@@ -31,7 +31,7 @@ from pydantic import Field
 from aligner_integrations import Aligner
 from aligner_integrations.errors import CorrectionFailedError
 from aligner_integrations.langchain import AlignedChatModel, AlignerRunnable
-from aligner_integrations.policy import Safeguards
+from aligner_integrations.safeguards.policy import Safeguards
 from aligner_integrations.testing import scripted_aligner
 from tests.langchain.local_model import ANSWER, MENDED, LocalModel
 

@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from aligner_integrations.checks import CHECKS
 from aligner_integrations.correction import Finding
-from aligner_integrations.policy import CHECK_NAMES, SafeguardPolicy
-from aligner_integrations.repair import REPAIRS, restore_citations
-from aligner_integrations.wording import is_refusal, word_similarity
+from aligner_integrations.safeguards.checks import CHECKS
+from aligner_integrations.safeguards.policy import CHECK_NAMES, SafeguardPolicy
+from aligner_integrations.safeguards.repair import REPAIRS, restore_citations
+from aligner_integrations.safeguards.wording import is_refusal, word_similarity
 
 _PUT_BACK = {
     "code_changed": "the fences of code were put back",

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aligner_integrations.checks import CHECKS
-from aligner_integrations.policy import Action, SafeguardPolicy
-from aligner_integrations.repair import REPAIRS, restore_code, restore_links
 from aligner_integrations.safeguards import CHECK_NAMES, guard_correction, inspect_correction, is_kept
+from aligner_integrations.safeguards.checks import CHECKS
+from aligner_integrations.safeguards.policy import Action, SafeguardPolicy
+from aligner_integrations.safeguards.repair import REPAIRS, restore_code, restore_links
 from aligner_integrations.testing import scripted_aligner
 
 REFUSAL = "I'm sorry, but I can't help with that."

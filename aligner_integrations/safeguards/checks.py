@@ -11,19 +11,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
-from aligner_integrations import held
 from aligner_integrations.correction import Finding
-from aligner_integrations.endings import unfinished
-from aligner_integrations.policy import SafeguardPolicy
-from aligner_integrations.spacing import glued_words, long_runs, unspaced
-from aligner_integrations.template import MARKERS
-from aligner_integrations.wording import (
+from aligner_integrations.safeguards import held
+from aligner_integrations.safeguards.endings import unfinished
+from aligner_integrations.safeguards.policy import SafeguardPolicy
+from aligner_integrations.safeguards.spacing import glued_words, long_runs, unspaced
+from aligner_integrations.safeguards.wording import (
     has_loop,
     is_refusal,
     language_of,
     word_similarity,
     words,
 )
+from aligner_integrations.template import MARKERS
 
 Check: TypeAlias = Callable[[str, str, str, SafeguardPolicy], Finding | None]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from aligner_integrations.held import code_blocks
-from aligner_integrations.wording import ends_sentence, language_of, words
+from aligner_integrations.safeguards.held import code_blocks
+from aligner_integrations.safeguards.wording import ends_sentence, language_of, words
 
 # No sentence ends on these, and no text with "2." alone on its last line.
 _UNFINISHED = (

@@ -6,8 +6,14 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
-from aligner_integrations.held import citation_marks, citations, code_blocks, named_links, without_code
-from aligner_integrations.wording import is_refusal
+from aligner_integrations.safeguards.held import (
+    citation_marks,
+    citations,
+    code_blocks,
+    named_links,
+    without_code,
+)
+from aligner_integrations.safeguards.wording import is_refusal
 
 _STOPS, _CLOSERS = ".!?…。！？।؟:;", "\"'”’)*_"
 # So much is put back at most; each is looked for in the whole text.

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from aligner_integrations import Aligner
-from aligner_integrations.checks import CHECKS
-from aligner_integrations.policy import REPAIRED_CHECKS, resolve_safeguards
-from aligner_integrations.repair import REPAIRS
 from aligner_integrations.safeguards import CHECK_NAMES, SafeguardPolicy, guard_correction, inspect_correction
+from aligner_integrations.safeguards.checks import CHECKS
+from aligner_integrations.safeguards.policy import REPAIRED_CHECKS, resolve_safeguards
+from aligner_integrations.safeguards.repair import REPAIRS
 from aligner_integrations.testing import scripted_aligner
 
 ANSWER = "The sum of 12 and 30 is 43, so you have 43 apples."
