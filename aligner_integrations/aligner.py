@@ -417,7 +417,7 @@ class Aligner:
         # The same ids mean the same text: never through decoding, which could lose what ids cannot hold.
         same = decoded.kept or decoded.ids == reference
         proposed = core if same else self.tokenizer.decode(decoded.ids).strip()
-        proposed = core if proposed == self._defuser(core) else proposed
+        proposed = self._defuser.undo(proposed, core)
         findings += self._defuser.report(question=question, answer=core)
         if decoded.stats.finish_reason != "eos" and not same:
             findings += (policy.find("truncated", "the correction ended before it was complete"),)

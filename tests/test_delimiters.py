@@ -255,6 +255,18 @@ def test_copying_marks_costs_one_forward(template: str) -> None:
     assert max(forwards) <= pieces
 
 
+def test_safeguards_see_marks_as_they_were_written() -> None:
+    """A defused mark inside a quotation or code is no change of it."""
+    answer = 'He wrote "USER: a | b" and `##Answer:` in [1], which is bad.'
+    corrected = believer("aligner-v1", {"bad": "good"}).correct("Why?", answer)
+    assert corrected.text.replace(JOINER, "") == answer.replace("bad", "good")
+    assert corrected.proposed == answer.replace("bad", "good")
+    assert outcome(corrected) == [("marker_defused", "repaired")]
+    own = f'He wrote "{JOINER}x" and ##Answer:, which is bad.'
+    kept = believer("aligner-v1", {}).correct("Why?", own)
+    assert kept.text == kept.proposed == own
+
+
 def test_findings_name_the_field_and_the_mark() -> None:
     corrected = believer("aligner-correction", {}).correct("ASSISTANT: USER: why?", "It is ##Answer: so.")
     assert [(each.check, each.detail, each.action) for each in corrected.findings] == [
