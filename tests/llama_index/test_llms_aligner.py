@@ -554,7 +554,7 @@ async def test_each_text_block_is_a_text_of_its_own(form: str) -> None:
 @pytest.mark.parametrize("form", CHATS)
 @pytest.mark.parametrize("thoughts", [True, False])
 @pytest.mark.parametrize("as_blocks", [True, False])
-async def test_text_beside_a_tool_call(form: str, thoughts: bool, as_blocks: bool) -> None:
+async def test_t17_text_beside_a_tool_call(form: str, thoughts: bool, as_blocks: bool) -> None:
     text = "I am sure. I look it up"
     if as_blocks:
         said = [*streamed([TextBlock(text=text)], 3), respond([TextBlock(text=text), call()], "")]
@@ -589,7 +589,7 @@ async def test_text_and_a_tool_call_in_the_same_response(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", ["stream_chat", "astream_chat_with_tools"])
-async def test_tool_calls_that_grow_are_handed_on_as_they_come(form: str) -> None:
+async def test_t17_tool_calls_that_grow_are_handed_on_as_they_come(form: str) -> None:
     calls = [ToolCallBlock(tool_name="look_up", tool_kwargs='{"name": "A. B."}'[:end]) for end in (2, 9, 17)]
     parts = await parts_of(
         AlignedLLM(Saying(responses=[respond([one], "") for one in calls]), shouting()), form
