@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from langchain.agents.middleware import ModelRequest, ModelResponse
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
@@ -26,12 +27,13 @@ from llama_index.core.llms import ChatMessage
 from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from pydantic import Field
 
-from aligner_integrations import Aligner, cli
+from aligner_integrations import Aligner, ClosedLoop, cli
 from aligner_integrations.backends.base import Ids
 from aligner_integrations.cli import main
 from aligner_integrations.config import AlignerConfig
 from aligner_integrations.langchain import (
     AlignedChatModel,
+    AlignerMiddleware,
     AlignerRunnable,
     AsyncStreamAlignerCallbackHandler,
     StreamAlignerCallbackHandler,
@@ -305,6 +307,42 @@ def chat_model(question: str, answer: str, chunks: list[str], number: int) -> An
     )
 
 
+CLOSED = AlignedChatModel(model=UPSTREAM, aligner=SENTENCES, loop="closed")
+
+
+def closed_loop(question: str, answer: str, chunks: list[str], number: int) -> Any:
+    UPSTREAM.chunks = chunks
+    if number % 4 == 0:
+        return CLOSED.invoke(question).text
+    if number % 4 == 1:
+        return text_of(CLOSED.stream(question))
+    if number % 4 == 2:
+        return joined(CLOSED.astream(question))
+    return text_of(ClosedLoop(lambda question, prefix: chunks, SENTENCES).stream(question))
+
+
+MIDDLEWARE = AlignerMiddleware(SENTENCES)
+
+
+def middleware(question: str, answer: str, chunks: list[str], number: int) -> Any:
+    """The step of an agent in which its model is called, without the graph around it."""
+    UPSTREAM.chunks = chunks
+    request: ModelRequest[Any] = ModelRequest(model=UPSTREAM, messages=[HumanMessage(question)])
+
+    def call(request: ModelRequest[Any]) -> ModelResponse[Any]:
+        if number % 4 == 3:  # another middleware brings an answer of its own
+            return ModelResponse(result=[AIMessage(answer)])
+        return ModelResponse(result=[request.model.invoke(request.messages)])
+
+    async def acall(request: ModelRequest[Any]) -> ModelResponse[Any]:
+        return ModelResponse(result=[await request.model.ainvoke(request.messages)])
+
+    async def run() -> str:
+        return str((await MIDDLEWARE.awrap_model_call(request, acall)).result[0].text)
+
+    return run() if number % 4 == 2 else str(MIDDLEWARE.wrap_model_call(request, call).result[0].text)
+
+
 def handler(question: str, answer: str, chunks: list[str], number: int) -> Any:
     UPSTREAM.chunks = chunks
     got: list[Any] = []
@@ -386,7 +424,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 SURFACES: dict[str, Way] = {
     way.__name__: way
     for way in (
-        *(correct, correct_whole, stream, runnable, chat_model, handler),
+        *(correct, correct_whole, stream, runnable, chat_model, closed_loop, middleware, handler),
         *(llm, query_engine, postprocessor, command),
     )
 }
