@@ -411,7 +411,7 @@ def command(question: str, answer: str, chunks: list[str], number: int) -> Any:
     arguments = ["correct", "-q", question, "-a", SURROGATE.sub("\udc80", answer)]
     written = io.BytesIO()
     with pytest.MonkeyPatch.context() as patch, io.TextIOWrapper(written, "utf-8", newline="") as stdout:
-        patch.setattr(cli, "_load", lambda *given: SENTENCES)
+        patch.setattr(cli, "_load", lambda *given, **more: SENTENCES)
         patch.setattr("sys.stdout", stdout)
         assert main(arguments) == 0
         stdout.flush()
