@@ -10,7 +10,8 @@ from contextlib import aclosing
 
 import pytest
 
-from aligner_integrations.read_ahead import AsyncReadAhead, read_ahead
+from aligner_integrations.read_ahead import read_ahead
+from aligner_integrations.read_ahead_async import AsyncReadAhead
 
 SIZES = (0, 1, 3, 100)
 

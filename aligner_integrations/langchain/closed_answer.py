@@ -15,7 +15,8 @@ from aligner_integrations.langchain.answers import slices
 from aligner_integrations.langchain.chat_answer import ChatAnswer
 from aligner_integrations.langchain.jobs import Steps, arun, run
 from aligner_integrations.langchain.messages import MessageStream, text_of
-from aligner_integrations.read_ahead import AsyncReadAhead, read_ahead
+from aligner_integrations.read_ahead import read_ahead
+from aligner_integrations.read_ahead_async import AsyncReadAhead
 from aligner_integrations.stream import StreamCorrector
 
 Ask: TypeAlias = Callable[[str], Generator[BaseMessage]]

@@ -27,7 +27,8 @@ from llama_index.core.tools import BaseTool
 
 from aligner_integrations.llama_index.answer import LLMAnswer, R
 from aligner_integrations.llama_index.instrumentation import amarked, marked, original
-from aligner_integrations.read_ahead import READ_AHEAD, AsyncReadAhead, read_ahead
+from aligner_integrations.read_ahead import READ_AHEAD, read_ahead
+from aligner_integrations.read_ahead_async import AsyncReadAhead
 from aligner_integrations.template import GO_ON
 
 Ask: TypeAlias = Callable[[str], Generator[R]]
