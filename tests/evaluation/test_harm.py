@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,8 @@ def test_wilsons_interval() -> None:
 
 def test_labels_hold_ids_and_reasons_but_no_texts() -> None:
     labels = read_labels()
-    assert len({label.id for label in labels}) == len(labels) == 390
+    assert len({label.id for label in labels}) == len(labels) == 490
+    assert Counter(label.round for label in labels) == {1: 100, 2: 90, 3: 100, 4: 100, 5: 100}
     assert {label.damaged for label in labels} == {"yes", "structure", "no"}
     assert all(label.reason for label in labels if label.damaged != "no")
     assert max(len(label.reason) for label in labels) < 80
@@ -123,6 +125,7 @@ def test_rounds_draw_other_rows_each_time_and_the_same_every_time() -> None:
     taken = [one.id for some in drawn for one in some]
     assert len(set(taken)) == len(taken) > 300
     assert all(one.is_held_back and one.is_changed for some in drawn for one in some)
+    assert len(drawn) == 5 and len(drawn[-1]) == 100
 
 
 def folder_with(rows: list[Published], folder: Path) -> Path:
