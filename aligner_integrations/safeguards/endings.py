@@ -16,6 +16,11 @@ _SHORT_WORDS = (
     " is it of on or so to up us we an as at be by do go he if in me my no am ok oh hi tv ai pc id uk eu km "
     "cm mm kg mg ml lb oz ft pm hz vs mr ms dr st jr sr "
 )
+# "are included in" wants an object; "logged in" does not.
+_OPEN_VERB = re.compile(
+    r"\b(?!(?:logged|signed|checked|plugged|turned|moved|closed|carried|passed|hand(?:ed)?)\b)"
+    r"(?:[a-z]{2,}ed|found|shown|held|kept|written|given|known) (?:in|by|with|as|at|to)\s*\Z"
+)
 _LAST_WORD = re.compile(r"(?<![\w'’-])([A-Za-z]+)\s*\Z")
 _BARE_HEADING = re.compile(r"\s*(?:#{1,6} [^\n]*|\*\*[^*\n]*[^*\n.!?)\"”]\*\*)")
 _COUNTED = re.compile(r"^[ \t#*]*(?:Day |Step |Week |Part )?(\d{1,3})[ ]?(?:[.):]|(?= [A-Z]))", re.MULTILINE)
@@ -74,4 +79,4 @@ def _broken_end(text: str) -> str | None:
     last = _LAST_WORD.search(end)
     if last and f" {last[1]} " in _UNFINISHED:
         return f"it ends with the word {last[1]!r}"
-    return None
+    return "its last sentence lacks its end" if _OPEN_VERB.search(end) else None

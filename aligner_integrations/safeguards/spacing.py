@@ -34,7 +34,10 @@ _FORMING = (
     *("counter", "inter", "under", "over", "micro", "multi", "super", "trans", "electro", "photo", "hydro"),
     *("water", "thunder", "grand", "spring", "thermo", "bio"),
 )
-_CAPITAL = re.compile(r"(?<![A-Za-z])(?:the|and|of|to|in|for|with|from|by|as|on|at|that|or)([A-Z][a-z]{2,})")
+_CAPITAL = re.compile(
+    r"(?<![A-Za-z])(?:the|and|of|to|in|for|with|from|by|as|on|at|that|or|your|their|our|its|is|are|was|were)"
+    r"([A-Z][a-z]{2,})"
+)
 # No white space after a comma, or between two sentences.
 _NO_SPACE = re.compile(
     r"[a-z]{2}\.? ?[,;]{1,2}[\"”]?[A-Za-z]{2}| &[a-z]+(?= )|(?<![A-Za-z])[a-z]{3,}[.!?][A-Z][a-z]+(?=[ ,'’])"
