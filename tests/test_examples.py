@@ -29,6 +29,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecationWarning:inspect"),
     pytest.mark.filterwarnings("ignore:is_running called from within a step:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*aiosqlite:ResourceWarning"),
+    # The database's thread may find out that it is no longer wanted when the event loop is gone already.
+    pytest.mark.filterwarnings(
+        "ignore:Exception in thread .*_connection_worker_thread:pytest.PytestUnhandledThreadExceptionWarning"
+    ),
 ]
 
 
