@@ -154,5 +154,5 @@ def test_t22_memory_does_not_grow_and_no_thread_stays(
         f"\nsoak: {minutes:g} minutes, {rounds} rounds, {len(sizes)} samples, {sizes[0]:.1f} to "
         f"{sizes[-1]:.1f} MiB (most {max(sizes):.1f}), slope {slope:+.3f} MiB a minute"
     )
-    assert abs(growth) < GROWTH
+    assert growth < GROWTH  # it may shrink: what the warm-up took is given back
     assert slope < SLOPE or minutes < 10
