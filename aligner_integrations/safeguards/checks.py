@@ -246,12 +246,16 @@ def check_code(question: str, answer: str, proposed: str, policy: SafeguardPolic
     return policy.find("code_changed", f"of {len(blocks)} code blocks {lost.total()} are not as they were")
 
 
-def check_inline_code(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
-    """Find inline code of the answer that the correction lacks."""
-    if _stands_apart(proposed):
-        return None
-    lost = sorted(held.inline_code(answer) - held.inline_code(proposed))
-    return policy.find("inline_code_changed", f"gone: {_quote(lost)}") if lost else None
+def _check_gone(check: str, look: Callable[[str], set[str]]) -> Check:
+    """Return the check of that name: it finds what `look` sees in the answer alone."""
+
+    def check_gone(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
+        if _stands_apart(proposed):
+            return None
+        lost = sorted(look(answer) - look(proposed))
+        return policy.find(check, f"gone: {_quote(lost)}") if lost else None
+
+    return check_gone
 
 
 def check_tables(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
@@ -261,14 +265,6 @@ def check_tables(question: str, answer: str, proposed: str, policy: SafeguardPol
         return None
     lost = set(old) - set(held.tables(proposed))
     return policy.find("table_changed", f"{len(lost)} of {len(old)} tables differ") if lost else None
-
-
-def check_formulas(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
-    """Find LaTeX of the answer that the correction lacks."""
-    if _stands_apart(proposed):
-        return None
-    lost = sorted(held.formulas(answer) - held.formulas(proposed))
-    return policy.find("formula_changed", f"gone: {_quote(lost)}") if lost else None
 
 
 def check_json(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
@@ -285,14 +281,6 @@ def check_citations(question: str, answer: str, proposed: str, policy: Safeguard
         return None
     lost = old - Counter(mark[0] for mark in held.citation_marks(proposed))
     return policy.find("citations_lost", f"gone: {_quote(sorted(lost))}") if lost else None
-
-
-def check_links(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
-    """Find web addresses of the answer that the correction lacks."""
-    if _stands_apart(proposed):
-        return None
-    lost = sorted(held.links(answer) - held.links(proposed))
-    return policy.find("links_lost", f"gone: {_quote(lost)}") if lost else None
 
 
 def check_quotes(question: str, answer: str, proposed: str, policy: SafeguardPolicy) -> Finding | None:
@@ -318,12 +306,12 @@ CHECKS: dict[str, Check] = {
     "refusal": check_refusal,
     "drift": check_nearness,
     "code_changed": check_code,
-    "inline_code_changed": check_inline_code,
+    "inline_code_changed": _check_gone("inline_code_changed", held.inline_code),
     "table_changed": check_tables,
-    "formula_changed": check_formulas,
+    "formula_changed": _check_gone("formula_changed", held.formulas),
     "json_changed": check_json,
     "citations_lost": check_citations,
-    "links_lost": check_links,
+    "links_lost": _check_gone("links_lost", held.links),
     "numbers": check_numbers,
     "quotes_lost": check_quotes,
 }

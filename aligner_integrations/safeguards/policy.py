@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from aligner_integrations.config import Granularity
 from aligner_integrations.correction import Finding
+from aligner_integrations.safeguards.repair import REPAIRS
 
 Action: TypeAlias = Literal["keep_original", "repair", "accept", "off"]
 SafeguardMode: TypeAlias = Literal["keep_original", "off"]
@@ -38,7 +39,7 @@ _DEFAULTS: dict[str, tuple[Action, Action]] = {
     "quotes_lost": ("accept", "accept"),
 }
 CHECK_NAMES: tuple[str, ...] = tuple(_DEFAULTS)
-REPAIRED_CHECKS = ("code_changed", "citations_lost", "links_lost")
+REPAIRED_CHECKS = tuple(REPAIRS)
 _SENTENCE_ACTIONS: dict[str, Action] = {name: actions[0] for name, actions in _DEFAULTS.items()}
 _ANSWER_ACTIONS: dict[str, Action] = {name: actions[1] for name, actions in _DEFAULTS.items()}
 
