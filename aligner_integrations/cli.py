@@ -6,7 +6,6 @@ what changed is struck and inserted in colour; piped, the output is the correcte
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import dataclasses
 import json
@@ -17,16 +16,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from aligner_integrations import Aligner, Correction, DecodeConfig, Edit, Segment
+from aligner_integrations import Aligner, DecodeConfig
+from aligner_integrations.cli_options import (
+    AnswerSecondsOption,
+    BackendOption,
+    DataOption,
+    JsonOption,
+    MarginOption,
+    ModelOption,
+    OnErrorOption,
+    ProviderOption,
+    QuestionOption,
+    RevisionOption,
+    SafeguardsOption,
+    SeedOption,
+    SentenceSecondsOption,
+    TemperatureOption,
+    TemplateOption,
+    TopKOption,
+    TopPOption,
+)
 from aligner_integrations.errors import AlignerError, CorrectionFailedError, MissingDependencyError
 from aligner_integrations.safeguards.policy import SafeguardMode
+from aligner_integrations.terminal import marked as marked
+from aligner_integrations.terminal import read_chunks, show, show_report
 
 if TYPE_CHECKING:
     from aligner_integrations.evaluation.figures import Report
+    from aligner_integrations.evaluation.harm import HarmReport
+    from aligner_integrations.evaluation.loop import LoopReport
     from aligner_integrations.resilience import OnError
 
 app = typer.Typer(
@@ -40,48 +59,6 @@ app = typer.Typer(
 # typer carries its own copy of click; this is the UsageError of whichever copy is in use.
 _UsageError = cast(type[typer.BadParameter], typer.BadParameter.__base__)
 
-QuestionOption = Annotated[str, typer.Option("--question", "-q", help="What was asked.")]
-ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Model folder, or hub name OWNER/NAME; else the bundled model.")
-]
-TemplateOption = Annotated[
-    str | None, typer.Option("--template", help="The prompt's frame, for a model without aligner.json.")
-]
-RevisionOption = Annotated[
-    str | None, typer.Option("--revision", help="Branch, tag or commit of a hub name; a commit pins it.")
-]
-BackendOption = Annotated[str, typer.Option("--backend", help="auto, onnx or torch.")]
-ProviderOption = Annotated[str, typer.Option("--provider", help="auto, tensorrt, cuda or cpu.")]
-MarginOption = Annotated[
-    float | None,
-    typer.Option("--edit-margin", min=0.0, help="How sure (in logits) the model must be before it edits."),
-]
-TemperatureOption = Annotated[
-    float, typer.Option("--temperature", min=0.0, help="Above 0 tokens are drawn, not the best taken.")
-]
-TopPOption = Annotated[
-    float, typer.Option("--top-p", min=0.0, max=1.0, help="Draw from the fewest that reach this chance.")
-]
-TopKOption = Annotated[int, typer.Option("--top-k", min=0, help="Draw from so many of the best; 0: all.")]
-SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Draw the same each time.")]
-OnErrorOption = Annotated[
-    str, typer.Option("--on-error", help="For a failed correction: raise, pass_through or withhold.")
-]
-SentenceSecondsOption = Annotated[
-    float | None, typer.Option("--sentence-seconds", help="So long each correction may take.")
-]
-AnswerSecondsOption = Annotated[
-    float | None, typer.Option("--answer-seconds", help="So long all corrections may take together.")
-]
-SafeguardsOption = Annotated[
-    Literal["keep_original", "off"],
-    typer.Option("--safeguards", help="keep_original shows no harmful correction, off shows every one."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-DataOption = Annotated[
-    Path, typer.Option("--data", exists=True, file_okay=False, help="Folder with the Q-A-C data.")
-]
 
 # What each extra brings: only these, when missing, mean that the extra is not installed.
 _EXTRA_PACKAGES = {
@@ -90,25 +67,6 @@ _EXTRA_PACKAGES = {
     "export": ("torch", "transformers", "safetensors", "onnx", "optimum", "onnxruntime"),
     "langchain": ("langchain_core",),
 }
-
-
-def marked(original: str, edits: Sequence[Edit], *, plain: bool = False) -> Text:
-    """Return `original` with its edits shown.
-
-    What goes is struck in red and what comes is underlined in green; with `plain`, where there is
-    no colour, it reads ~~what goes~~ **what comes**.
-    """
-    text, position = Text(), 0
-    for edit in edits:
-        text.append(original[position : edit.start])
-        for part, mark, style in (
-            (original[edit.start : edit.end], "~~", "red strike"),
-            (edit.replacement, "**", "green underline"),
-        ):
-            if part:
-                text.append(f"{mark}{part}{mark}" if plain else part, style=style)
-        position = edit.end
-    return text.append(original[position:])
 
 
 @app.command()
@@ -134,9 +92,8 @@ def correct(
 ) -> None:
     """Correct a finished answer."""
     drawing = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-    correction = _load(
-        model, edit_margin, template, backend, provider, revision, safeguards, **drawing
-    ).correct(
+    aligner = _load(model, edit_margin, template, backend, provider, revision, safeguards, **drawing)
+    correction = aligner.correct(
         question,
         answer,
         feedback=feedback,
@@ -145,11 +102,12 @@ def correct(
         answer_seconds=answer_seconds,
     )
     if as_json:
-        record = json.dumps(_as_record(correction), ensure_ascii=False)
-        lossless = record.encode(errors="ignore").decode() == record  # no lone surrogates, which JSON escapes
-        typer.echo(record if lossless else json.dumps(_as_record(correction)))
+        record = {**dataclasses.asdict(correction), "changed": correction.changed}
+        plain = json.dumps(record, ensure_ascii=False)
+        lossless = plain.encode(errors="ignore").decode() == plain  # no lone surrogates, which JSON escapes
+        typer.echo(plain if lossless else json.dumps(record))
         return
-    _show(correction.answer, correction)
+    show(correction.answer, correction)
     typer.echo()
 
 
@@ -176,12 +134,12 @@ def stream(
     aligner = _load(model, edit_margin, template, backend, provider, revision, safeguards, **drawing)
     for segment in aligner.correct_stream(
         question,
-        _read_chunks(),
+        read_chunks(),
         on_error=cast("OnError", on_error),
         sentence_seconds=sentence_seconds,
         answer_seconds=answer_seconds,
     ):
-        _show(segment.original, segment)
+        show(segment.original, segment)
 
 
 @app.command()
@@ -200,7 +158,7 @@ def doctor(
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
     else:
-        _show_report(report)
+        show_report(report)
     if failure is not None:
         raise failure
 
@@ -222,9 +180,7 @@ def bench(
     ] = False,
     batch: Annotated[bool, typer.Option("--batch", help="Time a batch beside one by one instead.")] = False,
     memory: Annotated[bool, typer.Option("--memory", help="Measure the memory of a long answer.")] = False,
-    replay: Annotated[
-        bool, typer.Option("--replay", help="Count forwards of corrections in --data.")
-    ] = False,
+    replay: Annotated[bool, typer.Option("--replay", help="Count forwards of corrections.")] = False,
     loop: Annotated[bool, typer.Option("--loop", help="Count what a closed loop asks for.")] = False,
     data: Annotated[
         Path | None, typer.Option("--data", exists=True, file_okay=False, help="For --replay and --loop.")
@@ -235,7 +191,11 @@ def bench(
     if adapters + batch + memory + replay + loop > 1:
         raise typer.BadParameter("--adapters, --batch, --memory, --replay and --loop exclude each other")
     if loop:
-        return _bench_loop(data, as_json=as_json)
+        from aligner_integrations.evaluation.loop import run_loop
+
+        if data is None:
+            raise typer.BadParameter("--loop needs --data, the folder with the answers")
+        return _tell(run_loop(data), as_json=as_json)
     if adapters:
         with _extra("langchain"):
             from aligner_integrations.evaluation.adapters import as_rows, run_adapters
@@ -243,7 +203,7 @@ def bench(
         if as_json:
             typer.echo(json.dumps([dataclasses.asdict(cost) for cost in costs]))
         else:
-            _show_report({"what an adapter adds, its aligner doing nothing": as_rows(costs)})
+            show_report({"what an adapter adds, its aligner doing nothing": as_rows(costs)})
         return
     with _extra("export"), _extra("eval"):
         from aligner_integrations.evaluation.suite import run_suite
@@ -263,19 +223,7 @@ def bench(
         typer.echo(json.dumps(records if len(records) > 1 else records[0]))
         return
     for report in reports:
-        _show_report(report.shown())
-
-
-def _bench_loop(data: Path | None, *, as_json: bool) -> None:
-    from aligner_integrations.evaluation.loop import run_loop
-
-    if data is None:
-        raise typer.BadParameter("--loop needs --data, the folder with the answers")
-    report = run_loop(data)
-    if as_json:
-        typer.echo(json.dumps(report.to_dict()))
-    else:
-        _show_report(report.shown())
+        show_report(report.shown())
 
 
 @app.command(name="export")
@@ -313,7 +261,7 @@ def export_model(
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
     else:
-        _show_report(report.shown())
+        show_report(report.shown())
 
 
 @app.command(name="train")
@@ -354,14 +302,12 @@ def evaluate_model(
     if harm:
         from aligner_integrations.evaluation.harm import run_harm
 
-        found = run_harm(data)
-        typer.echo(json.dumps(found.to_dict())) if as_json else _show_report(found.shown())
-        return
+        return _tell(run_harm(data), as_json=as_json)
     with _extra("eval"):
         from aligner_integrations.evaluation.figures import evaluate
     aligner = _load(model, edit_margin, template, backend, provider, revision)
-    report = evaluate(aligner, data, rows_a_task=rows)
-    _show_figures(report, aligner.decode_config.edit_margin, as_json=as_json)
+    figures = evaluate(aligner, data, rows_a_task=rows)
+    _show_figures(figures, aligner.decode_config.edit_margin, as_json=as_json)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -409,36 +355,6 @@ def _load(
     return aligner.with_options(decode=dataclasses.replace(aligner.decode_config, **changes))
 
 
-def _show(original: str, corrected: Correction | Segment) -> None:
-    console = Console()
-    if console.is_terminal:
-        console.print(marked(original, corrected.edits), end="", soft_wrap=True, highlight=False)
-    else:
-        _write(corrected.text)
-    sys.stdout.flush()
-
-
-def _write(text: str) -> None:
-    """Write text; bytes that are no UTF-8, which came in as lone surrogates, go out as they came."""
-    try:
-        sys.stdout.write(text)
-    except UnicodeEncodeError:
-        sys.stdout.flush()
-        sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
-
-
-def _as_record(correction: Correction) -> dict[str, Any]:
-    return {**dataclasses.asdict(correction), "changed": correction.changed}
-
-
-def _read_chunks() -> Iterator[str]:
-    """Yield standard input as it arrives: what is there now, not what fills a buffer."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="surrogateescape")
-    while block := os.read(sys.stdin.fileno(), 65536):
-        yield decoder.decode(block)
-    yield decoder.decode(b"", final=True)
-
-
 @contextlib.contextmanager
 def _extra(name: str) -> Iterator[None]:
     """Turn an import that fails for want of the extra `name` into an error that names it."""
@@ -463,28 +379,19 @@ def _show_figures(report: Report, margin: float, *, as_json: bool) -> None:
         return
     shown = {name: f"{share:.1%} (target {TARGETS[name]:.0%})" for name, share in figures.items()}
     points = {f"margin {at:g}": f"{precision:.3f} / {recall:.3f}" for at, precision, recall in curve}
-    _show_report({f"figures at edit margin {margin:g}": shown, "precision / recall of changing": points})
+    show_report({f"figures at edit margin {margin:g}": shown, "precision / recall of changing": points})
 
 
-def _show_report(report: dict[str, dict[str, str]]) -> None:
-    console = Console()
-    for title, rows in report.items():
-        if console.is_terminal:
-            table = Table(title=title, title_justify="left", show_header=False)
-            for name, value in rows.items():
-                table.add_row(name, value)
-            console.print(table)
-        else:
-            sys.stdout.write("".join(f"{title}\t{name}\t{value}\n" for name, value in rows.items()))
+def _tell(report: HarmReport | LoopReport, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(report.to_dict()))
+    else:
+        show_report(report.shown())
 
 
 def _fail(message: str, *, status: int) -> int:
-    sys.stderr.write(f"aligner: {_one_line(message)}\n")
+    sys.stderr.write(f"aligner: {' '.join(message.split())}\n")
     return status
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
 
 
 if __name__ == "__main__":

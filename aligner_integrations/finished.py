@@ -57,7 +57,7 @@ def _correct_whole(
         wanted = aligner.decode_config.max_new_tokens or room
         decoded = aligner.run(prompt, reference, min(wanted, room), cache, deadline)
     lead, _, tail = answer.partition(core)
-    return aligner.finish(question, (lead, core, tail), reference, decoded, aligner.safeguard_policy)
+    return aligner.finish(question, (lead, core, tail), reference, decoded)
 
 
 def _correct_by_sentence(

@@ -80,9 +80,9 @@ class SentenceSession:
             room = self._aligner.config.max_length - len(prompt)
             wanted = self._aligner.decode_config.max_new_tokens or 2 * len(reference) + _SPARE_TOKENS
             decoded = self._aligner.run(prompt, reference, min(wanted, room), self._cache, deadline)
-        policy = self._aligner.safeguard_policy
-        policy = replace(policy, allow_empty=policy.allow_empty or self._refused)
-        return self._aligner.finish(self._question, margins, reference, decoded, policy, findings)
+        return self._aligner.finish(
+            self._question, margins, reference, decoded, findings, may_be_empty=self._refused
+        )
 
     def _is_structure(self, piece: str) -> bool:
         """Whether `piece` is a line of a formula or of JSON that takes several, which stay as they are."""
