@@ -6,10 +6,11 @@ import asyncio
 import itertools
 from typing import Any
 
-from langchain_core.language_models import GenericFakeChatModel
+from langchain_core.language_models import BaseChatModel, GenericFakeChatModel
 from langchain_core.messages import BaseMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import Runnable, RunnableConfig
+from langgraph.graph import START, MessagesState, StateGraph
 
 from aligner_integrations import Aligner
 from aligner_integrations.testing import scripted_aligner
@@ -35,6 +36,18 @@ def tell() -> Aligner:
 def shout(**options: Any) -> Aligner:
     """An aligner that writes every sentence in capitals."""
     return scripted_aligner(lambda question, prefix, sentence: sentence.upper(), **options)
+
+
+def graph_of(model: BaseChatModel) -> Any:
+    """A graph of one node, which asks the model."""
+
+    def answer(state: MessagesState) -> dict[str, list[BaseMessage]]:
+        return {"messages": [model.invoke(state["messages"])]}
+
+    graph = StateGraph(MessagesState)
+    graph.add_node("answer", answer)
+    graph.add_edge(START, "answer")
+    return graph.compile()
 
 
 def text_of(output: Any) -> str:

@@ -25,7 +25,6 @@ from langchain_core.rate_limiters import InMemoryRateLimiter
 from langchain_core.tools import tool
 from langchain_core.tracers import BaseTracer
 from langchain_core.tracers.schemas import Run
-from langgraph.graph import START, MessagesState, StateGraph
 from pydantic import Field
 
 from aligner_integrations import Aligner
@@ -33,6 +32,7 @@ from aligner_integrations.errors import CorrectionFailedError
 from aligner_integrations.langchain import AlignedChatModel, AlignerRunnable
 from aligner_integrations.safeguards.policy import Safeguards
 from aligner_integrations.testing import scripted_aligner
+from tests.langchain.forms import graph_of
 from tests.langchain.local_model import ANSWER, MENDED, LocalModel
 
 RAW = "2 + 2 = 5"
@@ -70,16 +70,6 @@ class Tracer(BaseTracer):
 
     def _persist_run(self, run: Run) -> None:
         self.runs.append(run)
-
-
-def graph_of(model: AlignedChatModel) -> Any:
-    def answer(state: MessagesState) -> dict[str, list[BaseMessage]]:
-        return {"messages": [model.invoke(state["messages"])]}
-
-    graph = StateGraph(MessagesState)
-    graph.add_node("answer", answer)
-    graph.add_edge(START, "answer")
-    return graph.compile()
 
 
 def test_invoke_and_stream_give_the_corrected_text() -> None:

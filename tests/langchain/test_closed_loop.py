@@ -17,7 +17,6 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, Huma
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.tracers import BaseTracer
 from langchain_core.tracers.schemas import Run
-from langgraph.graph import START, MessagesState, StateGraph
 from pydantic import Field, ValidationError
 
 from aligner_integrations import Aligner
@@ -27,7 +26,7 @@ from aligner_integrations.langchain import AlignedChatModel
 from aligner_integrations.read_ahead import READ_AHEAD
 from aligner_integrations.template import GO_ON
 from aligner_integrations.testing import scripted_aligner
-from tests.langchain.forms import FORMS, run
+from tests.langchain.forms import FORMS, graph_of, run
 from tests.test_closed_loop import Write, mending, random_rule, sequential, writer
 
 RAW = "bad"
@@ -202,16 +201,6 @@ def test_t18_usage_of_whole_answers_is_added_up(form: str) -> None:
         "output_tokens": output,
         "total_tokens": 20 + output,
     }
-
-
-def graph_of(model: AlignedChatModel) -> Any:
-    def answer(state: MessagesState) -> dict[str, list[BaseMessage]]:
-        return {"messages": [model.invoke(state["messages"])]}
-
-    graph = StateGraph(MessagesState)
-    graph.add_node("answer", answer)
-    graph.add_edge(START, "answer")
-    return graph.compile()
 
 
 @pytest.mark.parametrize("mode", ["messages", "updates", "values"])
